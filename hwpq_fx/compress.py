@@ -1,0 +1,125 @@
+"""One layer: score, select, compensate and pack. Pure: reads a dense weight, returns its compressed form."""
+
+from typing import NamedTuple
+
+import torch
+
+from hwpq_fx.kernels import FORMAT_K, Float8Sparse24Tensor
+from hwpq_fx.passes import Use
+
+from .compensation import compensate
+from .config import HWPQConfig
+from .errors import CalibrationError, ModelError
+from .float8 import dense_float8
+from .report import LayerReport
+from .saliency import score
+from .selection import Selection, select24, select_ratio
+from .statistics import InputStatistics
+
+Statistics = dict[Use, list[InputStatistics]]
+
+
+class Compressed(NamedTuple):
+    """The new weight, in the parameter's own orientation, and its line in the report."""
+
+    weight: torch.Tensor
+    line: LayerReport
+
+
+class Span(NamedTuple):
+    """Output rows start..stop of a weight that see the same input; sum_sq float32 [K], None where unknown."""
+
+    start: int
+    stop: int
+    sum_sq: torch.Tensor | None
+    rows: int
+
+
+def cannot_compress(shape: tuple[int, int], uses: list[Use], config: HWPQConfig) -> str:
+    """Why a weight [N, K] with these uses has to stay dense, or ""."""
+    transposed = {use.transposed for use in uses}
+    if len(transposed) > 1:
+        return "multiplied along both of its sides"
+    if config.sparsity == "2:4" and shape[1] % FORMAT_K:
+        return f"in_features {shape[1]} is not a multiple of {FORMAT_K}"
+    if config.sparsity != "2:4" and True in transposed:
+        return "kept as [in, out], for which torchao's Float8Tensor has no product"
+    return ""
+
+
+def compress(name: str, parameter: torch.Tensor, statistics: Statistics, config: HWPQConfig) -> Compressed:
+    """Compress one parameter, [N, K] or its transpose as its uses say.
+
+    Raises ModelError for NaN or Inf in the weight, CalibrationError for NaN or Inf in its inputs.
+    """
+    transposed = next(iter(statistics)).transposed
+    weight = parameter.detach()
+    weight = weight.t().contiguous() if transposed else weight
+    if not bool(weight.isfinite().all()):
+        raise ModelError(f"{name}: the weight holds NaN or Inf; mend the checkpoint or add the layer to ignore")
+    spans = spans_of(name, weight.shape[0], statistics)
+
+    masks, settled, factors = [], 0.0, []
+    for span in spans:
+        part = weight[span.start : span.stop]
+        chosen = _select(part, span.sum_sq, config)
+        masks.append(chosen.mask)
+        settled += chosen.settled * (span.stop - span.start) / weight.shape[0]
+        factors.append(compensate(part.float(), chosen.mask, span.sum_sq, config.compensation))
+    mask, factor = torch.cat(masks), torch.cat(factors)
+
+    new: torch.Tensor
+    if config.sparsity == "2:4":
+        packed = Float8Sparse24Tensor.from_hp(weight, mask, config.activation, factor)
+        status, size, restored = "sparse24_fp8", packed.packed_nbytes(), packed.dequantize(torch.float32)
+        new = packed.t() if transposed else packed
+    else:
+        dense = dense_float8(weight.masked_fill(~mask, 0) * factor[:, None].to(weight.dtype), config.activation)
+        status, size, restored = "fp8", dense.qdata.nbytes + dense.scale.nbytes, dense.dequantize().float()
+        new = dense
+    line = LayerReport(
+        name,
+        tuple(weight.shape),
+        status,
+        rows=max(span.rows for span in spans),
+        pruned=1 - mask.float().mean().item(),
+        settled=settled,
+        error=_relative_error(weight.float(), restored, spans),
+        dense_bytes=parameter.nbytes,
+        packed_bytes=size,
+    )
+    return Compressed(new, line)
+
+
+def spans_of(name: str, rows: int, statistics: Statistics) -> list[Span]:
+    """Cut the output rows where their inputs change (packed q/k/v projections of cross attention)."""
+    cuts = sorted({0, rows, *(use.start for use in statistics), *(use.stop for use in statistics)})
+    spans = []
+    for start, stop in zip(cuts, cuts[1:], strict=False):
+        seen = [one for use, many in statistics.items() if use.start <= start and stop <= use.stop for one in many]
+        sum_sq = torch.stack([one.total.to(seen[0].total.device) for one in seen]).sum(0).float() if seen else None
+        if sum_sq is not None and not bool(sum_sq.isfinite().all()):
+            raise CalibrationError(
+                f"{name}: its input held NaN or Inf (or values too large for float32) during calibration; look for the "
+                "batch that causes it, or add the layer to ignore"
+            )
+        spans.append(Span(start, stop, sum_sq, sum(one.rows for one in seen)))
+    return spans
+
+
+def _select(weight: torch.Tensor, sum_sq: torch.Tensor | None, config: HWPQConfig) -> Selection:
+    scores = score(weight, sum_sq, config.saliency)
+    if isinstance(config.sparsity, str):
+        return select24(scores, config.selection, config.mean_rate, config.dev_rate, config.lam)
+    return select_ratio(scores, config.sparsity, config.mean_rate, config.dev_rate, config.lam)
+
+
+def _relative_error(weight: torch.Tensor, restored: torch.Tensor, spans: list[Span]) -> float:
+    lost = kept = 0.0
+    for span in spans:
+        rows = slice(span.start, span.stop)
+        sum_sq = torch.ones(weight.shape[1], device=weight.device) if span.sum_sq is None else span.sum_sq
+        channel = (sum_sq / sum_sq.max().clamp(min=torch.finfo(torch.float32).tiny)).double()
+        lost += ((weight[rows] - restored[rows]).double().square() @ channel).sum().item()
+        kept += (weight[rows].double().square() @ channel).sum().item()
+    return (lost / kept) ** 0.5 if kept else 0.0

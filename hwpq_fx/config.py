@@ -1,0 +1,89 @@
+"""`HWPQConfig`: what to convert and how."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torchao.core.config import AOBaseConfig
+
+from hwpq_fx.kernels.packed import ACTIVATIONS
+
+from .compensation import COMPENSATIONS
+from .errors import ConfigError
+from .saliency import SALIENCIES
+from .selection import DEFAULT_LAMBDA, SELECTIONS
+from .targets import check_pattern
+
+DEFAULT_IGNORE = ("lm_head",)
+
+
+@dataclass
+class HWPQConfig(AOBaseConfig):
+    """Options of `hwpq_fx.convert`. Raises ConfigError, naming the field, where a value is not one of its own."""
+
+    targets: list[str] | None = None
+    """Layers to convert: exact names, name suffixes ("mlp.up_proj", "up_proj") or regular expressions ("re:...",
+    matched from the start of the name). None: every layer found. A pattern that matches nothing is an error."""
+
+    ignore: list[str] = field(default_factory=lambda: list(DEFAULT_IGNORE))
+    """Layers to leave as they are, in the same three forms; stronger than `targets`."""
+
+    sparsity: str | float = "2:4"
+    """"2:4", packed in 5 bits per weight; or the share of weights to prune, in (0, 1), anywhere in the layer, stored
+    as dense FP8 (torchao's Float8Tensor): smaller than bfloat16, but no faster for the zeros."""
+
+    saliency: str = "contribution"
+    """What a weight is worth: "contribution" (w^2 times the sum of its squared inputs), "rank_one", "relative"
+    (RIA) or "magnitude". See `hwpq_fx.saliency`."""
+
+    selection: str = "ewma"
+    """How 2:4 masks are chosen: "ewma" (a moving threshold, comparison where it does not settle a group; equals the
+    exact choice), "exact", or "ewma_streaming" (the paper's single pass, less accurate)."""
+
+    mean_rate: float = 1 / 8
+    """Weight of a new score in the moving average of the scores."""
+
+    dev_rate: float = 1 / 4
+    """Weight of a new deviation in the moving average of the deviations."""
+
+    lam: float = DEFAULT_LAMBDA
+    """Threshold = moving mean + lam * moving deviation. With a `sparsity` ratio it is where the search starts."""
+
+    compensation: str = "energy"
+    """What is done for what pruning took: "energy" rescales each row to keep the energy of its output (sums of
+    squares only), "none" nothing."""
+
+    activation: str = "dynamic"
+    """"dynamic": the inputs of converted layers become FP8 too, one scale per row, on the fly, as sparse tensor
+    cores want them; "none": they stay as they are."""
+
+    def __post_init__(self) -> None:
+        for name in ("targets", "ignore"):
+            patterns = getattr(self, name)
+            if isinstance(patterns, str):
+                raise ConfigError(f"{name} is a list of patterns: write [{patterns!r}]")
+            for pattern in patterns or ():
+                check_pattern(name, pattern)
+            if patterns is not None:
+                setattr(self, name, list(patterns))
+        if self.targets is not None and not self.targets:
+            raise ConfigError("targets is empty, so nothing would be converted; None means every layer found")
+        if self.sparsity != "2:4" and not _in_open_unit(self.sparsity):
+            raise ConfigError(f'sparsity {self.sparsity!r} is neither "2:4" nor a number in (0, 1)')
+        _one_of("saliency", self.saliency, SALIENCIES)
+        _one_of("selection", self.selection, SELECTIONS)
+        _one_of("compensation", self.compensation, COMPENSATIONS)
+        _one_of("activation", self.activation, ACTIVATIONS)
+        for name in ("mean_rate", "dev_rate"):
+            if not _in_open_unit(getattr(self, name)):
+                raise ConfigError(f"{name} {getattr(self, name)!r} is not a number in (0, 1)")
+        if not isinstance(self.lam, (int, float)) or isinstance(self.lam, bool) or not abs(self.lam) < 1e6:
+            raise ConfigError(f"lam {self.lam!r} is not a finite number")
+
+
+def _one_of(name: str, value: Any, known: Any) -> None:
+    if value not in tuple(known):
+        raise ConfigError(f"{name} {value!r} is not known; choose one of {', '.join(map(repr, known))}")
+
+
+def _in_open_unit(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1

@@ -1,0 +1,89 @@
+"""`explain`: the graphs of a model before and after our passes, to read."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from hwpq_fx.passes import PASSES
+from hwpq_fx.passes.dynamo import Observation
+
+from .calibration import as_call
+
+
+@dataclass
+class GraphChange:
+    """One of Dynamo's graphs, before and after."""
+
+    before: fx.GraphModule
+    after: fx.GraphModule
+
+    @property
+    def counts_before(self) -> Counter[str]:
+        return op_counts(self.before)
+
+    @property
+    def counts_after(self) -> Counter[str]:
+        return op_counts(self.after)
+
+
+@dataclass
+class Explanation:
+    """Every graph that one call of the model makes. Prints as code with a line of what changed above each."""
+
+    graphs: list[GraphChange] = field(default_factory=list)
+
+    @property
+    def rewritten(self) -> int:
+        """Products that became `hwpq_fx.linear24`."""
+        return sum(graph.counts_after["hwpq_fx.linear24"] for graph in self.graphs)
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.graphs)} graph(s), {self.rewritten} product(s) on packed weights"]
+        for number, graph in enumerate(self.graphs):
+            before, after = graph.counts_before, graph.counts_after
+            changed = [f"{op} {before[op]} -> {after[op]}" for op in sorted(before | after) if before[op] != after[op]]
+            parts.append(f"graph {number}: {', '.join(changed) or 'unchanged'}")
+            parts.append("before\n" + graph.before.print_readable(print_output=False).strip())
+            parts.append("after\n" + graph.after.print_readable(print_output=False).strip())
+        return "\n\n".join(parts)
+
+
+def op_counts(gm: fx.GraphModule) -> Counter[str]:
+    """How often each operation stands in a graph, by its short name."""
+    return Counter(
+        _name(node.target) for node in gm.graph.nodes if node.op in ("call_function", "call_method", "call_module")
+    )
+
+
+def _name(target: Any) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target).removesuffix(".default")
+    return target if isinstance(target, str) else getattr(target, "__name__", str(target))
+
+
+def explain(model: nn.Module, example: Any) -> Explanation:
+    """Trace one call of `model` and show what our passes make of its graphs.
+
+    example: a batch as for `convert`: a tensor, a tuple of arguments or a mapping. Runs the model once, eagerly, and
+    leaves it as it was.
+    """
+    explanation = Explanation()
+
+    def collect(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphModule:
+        after = gm
+        for run in PASSES:
+            after = run(after)
+        explanation.graphs.append(GraphChange(gm, after))
+        return after
+
+    args, kwargs = as_call(example, "example")
+    observation = Observation(model, collect, lambda *_: None)
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    finally:
+        observation.remove()
+    return explanation

@@ -1,0 +1,111 @@
+"""What a conversion did, layer by layer."""
+
+from dataclasses import asdict, dataclass, field
+from io import StringIO
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from hwpq_fx.passes.dynamo import unwrap
+
+ATTRIBUTE = "_hwpq_report"
+
+
+@dataclass
+class LayerReport:
+    """One layer. Sizes are in bytes; a layer that stayed dense says why in `reason`."""
+
+    name: str
+    shape: tuple[int, ...]
+    """[out_features, in_features], however the module keeps it."""
+    status: str
+    """"sparse24_fp8", "fp8" (unstructured zeros) or "dense"."""
+    reason: str = ""
+    rows: int = 0
+    """Rows of input that calibration saw; 0 for a data-free conversion."""
+    pruned: float = 0.0
+    """Share of weights that are gone."""
+    settled: float = 0.0
+    """Share of groups of four (unstructured: of weights) that the EWMA threshold settled."""
+    error: float = 0.0
+    """Relative output error ||X(W - W')|| / ||XW||, were the input channels uncorrelated: from W, W' and the sums
+    of squares, FP8 rounding of W included, of activations not."""
+    dense_bytes: int = 0
+    packed_bytes: int = 0
+    """What is saved: values, indices, scales."""
+    layout_bytes: int = 0
+    """What is kept in memory beside it to compute with, on the CPU."""
+
+
+@dataclass
+class Report:
+    """What `hwpq_fx.convert` did. Prints as a table; `to_dict` is for machines."""
+
+    layers: list[LayerReport] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall time of the phases."""
+
+    @property
+    def converted(self) -> list[LayerReport]:
+        return [layer for layer in self.layers if layer.status != "dense"]
+
+    def total(self, what: str) -> int:
+        """Sum of a size ("dense_bytes", "packed_bytes", "layout_bytes") over the converted layers."""
+        return sum(getattr(layer, what) for layer in self.converted)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def table(self) -> Table:
+        table = Table(title=f"{len(self.converted)} of {len(self.layers)} layers converted", title_justify="left")
+        for column in ("layer", "out x in", "became", "rows", "pruned", "settled", "error", "KiB before", "after"):
+            justify = "left" if column in ("layer", "became") else "right"
+            table.add_column(column, justify=justify, overflow="fold", no_wrap=column != "layer")  # type: ignore[arg-type]
+        for layer in self.layers:
+            size = "x".join(map(str, layer.shape))
+            if layer.status == "dense":
+                table.add_row(layer.name, size, f"dense: {layer.reason}", str(layer.rows or ""))
+                continue
+            table.add_row(
+                layer.name,
+                size,
+                layer.status,
+                str(layer.rows),
+                f"{layer.pruned:.1%}",
+                f"{layer.settled:.1%}",
+                f"{layer.error:.3f}",
+                f"{layer.dense_bytes / 1024:.0f}",
+                f"{layer.packed_bytes / 1024:.0f}",
+            )
+        return table
+
+    def summary(self) -> str:
+        """The totals and the seconds, in two lines."""
+        before, packed, layout = (self.total(f"{part}_bytes") / 2**20 for part in ("dense", "packed", "layout"))
+        sizes = f"converted layers: {before:.1f} MiB before, {packed:.1f} MiB packed"
+        if layout:
+            sizes += f" (and {layout:.1f} MiB in memory for the CPU's products, never saved)"
+        phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
+        return f"{sizes}\n{phases}" if phases else sizes
+
+    def __str__(self) -> str:
+        text = StringIO()
+        console = Console(file=text, width=130)
+        console.print(self.table())
+        console.print(self.summary(), highlight=False, soft_wrap=True)
+        return text.getvalue()
+
+
+def report(model: nn.Module) -> Report:
+    """The report of the conversion that made `model`, compiled or not. Raises ValueError where there was none."""
+    found = unwrap(model).__dict__.get(ATTRIBUTE)
+    if found is None:
+        raise ValueError("this model was not converted by hwpq_fx.convert")
+    return found
+
+
+def attach_report(model: nn.Module, made: Report) -> None:
+    """Keep the report with the model."""
+    unwrap(model).__dict__[ATTRIBUTE] = made

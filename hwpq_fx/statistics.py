@@ -1,0 +1,75 @@
+"""What calibration gathers: per channel, the sum of the squared inputs of every product."""
+
+from typing import Any
+
+import torch
+
+from hwpq_fx.passes import Use
+
+
+class InputStatistics:
+    """Sum of squares per channel and the number of rows of one observed input.
+
+    Each call adds a float32 sum; between calls the total is kept in float64, so that it does not matter how rows
+    were cut into batches.
+    """
+
+    def __init__(self, channels: int, device: torch.device):
+        self.total = torch.zeros(channels, dtype=torch.float64, device=device)
+        self.rows = 0
+
+    @property
+    def sum_sq(self) -> torch.Tensor:
+        """float32 [K]."""
+        return self.total.float()
+
+    def update(self, x: torch.Tensor, keep: torch.Tensor | None = None) -> None:
+        """Add the rows of `x` [..., K], any floating dtype; `keep` bool [rows] leaves out the others."""
+        rows = x.detach().reshape(-1, x.shape[-1])
+        if keep is not None:
+            rows = rows[keep]
+        # one pass without a temporary, converting on the way
+        norm = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32)
+        self.total += norm.double().square()
+        self.rows += rows.shape[0]
+
+
+class CalibrationRecorder:
+    """Receives what the observer nodes see (`passes.Recorder`), by parameter."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.uses: dict[int, dict[Use, list[InputStatistics]]] = {}
+        self.blocked: dict[int, str] = {}
+        self._inputs: dict[Any, InputStatistics] = {}
+        self._keep: torch.Tensor | None = None
+        self._mask_shape: torch.Size | None = None
+
+    def begin_call(self, attention_mask: Any) -> None:
+        """A new call of the model. Rows where a 2-D mask is 0 are padding and do not count."""
+        self.calls += 1
+        self._keep = self._mask_shape = None
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+            keep = attention_mask.detach().flatten() != 0
+            if not bool(keep.all()):
+                self._keep, self._mask_shape = keep, attention_mask.shape
+
+    def observe(self, x: torch.Tensor, weights: tuple[torch.Tensor, ...], uses: tuple[Use, ...]) -> None:
+        """Add an input that all these weights multiply."""
+        key = tuple((id(weight), use) for weight, use in zip(weights, uses, strict=True))
+        statistics = self._inputs.get(key)
+        if statistics is None:
+            statistics = self._inputs[key] = InputStatistics(x.shape[-1], x.device)
+            for weight, use in zip(weights, uses, strict=True):
+                self.uses.setdefault(id(weight), {}).setdefault(use, []).append(statistics)
+        statistics.update(x, self._rows_to_keep(x))
+
+    def block(self, weight: torch.Tensor, reason: str) -> None:
+        """No observer can speak for this parameter."""
+        self.blocked[id(weight)] = reason
+
+    def _rows_to_keep(self, x: torch.Tensor) -> torch.Tensor | None:
+        if self._keep is None or self._mask_shape is None:
+            return None
+        per_token = x.shape[:-1] == self._mask_shape or (x.dim() == 2 and x.shape[0] == self._keep.numel())
+        return self._keep.to(x.device) if per_token else None

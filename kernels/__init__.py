@@ -1,0 +1,16 @@
+"""What the hardware runs: the packed weight, its bit layout, and one module per op."""
+
+from .linear24 import linear24
+from .pack24 import FORMAT_K, pack24, unpack24
+from .packed import Float8Sparse24Tensor
+from .quantize_rows import quantize_rows, quantize_weight_rows
+
+__all__ = [
+    "FORMAT_K",
+    "Float8Sparse24Tensor",
+    "linear24",
+    "pack24",
+    "quantize_rows",
+    "quantize_weight_rows",
+    "unpack24",
+]

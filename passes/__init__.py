@@ -1,0 +1,7 @@
+"""FX passes over Dynamo's graphs, and the Dynamo backend "hwpq" that runs them and hands over to Inductor."""
+
+from .backend import PASSES, HwpqBackend, hwpq
+from .lower import lower
+from .observe import Observed, Recorder, Use, observe
+
+__all__ = ["PASSES", "HwpqBackend", "Observed", "Recorder", "Use", "hwpq", "lower", "observe"]

@@ -1,0 +1,49 @@
+"""The Dynamo backend "hwpq": our passes, then the backend the user asked for (Inductor unless told otherwise)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from .lower import lower
+
+Pass = Callable[[fx.GraphModule], fx.GraphModule]
+
+# in order, each on a copy of the graph
+PASSES: tuple[Pass, ...] = (lower,)
+
+
+class HwpqBackend:
+    """Run `PASSES`, then `inner` (gm, example_inputs) -> callable."""
+
+    def __init__(self, inner: Callable[..., Any]):
+        self.inner = inner
+        self.__name__ = "hwpq"
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:
+        for run in PASSES:
+            gm = run(gm)
+        return self.inner(gm, example_inputs)
+
+    def __getattr__(self, name: str) -> Any:
+        # Dynamo asks a backend for `reset` and `get_compiler_config`: the inner one's answers hold
+        if name == "inner":
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+
+def hwpq(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[torch.Tensor],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """`torch.compile(model, backend="hwpq")`: Inductor behind our passes, with its usual `mode` and `options`."""
+    settings = torch._inductor.list_mode_options(mode) if mode else {}
+
+    def inductor(graph: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:
+        return torch._inductor.compile(graph, list(inputs), options=settings | (options or {}))
+
+    return HwpqBackend(inductor)(gm, example_inputs)

@@ -1,0 +1,162 @@
+"""Everything that depends on how Dynamo and `torch.compile` keep their state.
+
+None of it is public in torch. Each function names what it relies on; tried on torch 2.11.0 and 2.13.0.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch._dynamo import convert_frame, pgo, trace_rules
+from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
+from torch._dynamo.external_utils import wrap_inline
+
+# Calibration meets every shape and every module of a class; it must never fall back to running unobserved.
+OBSERVING = {"recompile_limit": 100_000, "accumulated_recompile_limit": 100_000}
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module that `torch.compile` wrapped, or `model` itself."""
+    return model._orig_mod if isinstance(model, OptimizedModule) else model
+
+
+class CompileSettings(NamedTuple):
+    """What the user gave to `torch.compile`: the backend (with its mode and options inside) and the arguments."""
+
+    backend: Callable[..., Any]
+    arguments: dict[str, Any]
+
+
+def compile_settings(model: nn.Module) -> CompileSettings | None:
+    """Settings of `torch.compile(model, ...)` or `model.compile(...)`; None for a plain module.
+
+    Relies on `OptimizedModule.dynamo_ctx` and, for an in-place compile, on the context in the closure of
+    `Module._compiled_call_impl`.
+    """
+    if isinstance(model, OptimizedModule):
+        context = model.dynamo_ctx
+    elif (compiled := getattr(model, "_compiled_call_impl", None)) is not None:
+        context = _context_of(compiled)
+    else:
+        return None
+    arguments: dict[str, Any] = {"fullgraph": context.fullgraph, "dynamic": context._dynamic}
+    if guard_filter := getattr(context._hooks, "guard_filter_fn", None):
+        arguments["options"] = {"guard_filter_fn": guard_filter}
+    if getattr(context, "_isolate_recompiles_id", -1) >= 0:
+        arguments["isolate_recompiles"] = True
+    if spec := getattr(context, "_shapes_spec", None):
+        arguments["shapes_spec"] = spec
+    if limit := _recompile_limit(context.callback):
+        arguments["recompile_limit"] = limit
+    return CompileSettings(innermost_backend(context.callback), arguments)
+
+
+def _context_of(compiled: Callable[..., Any]) -> Any:
+    for cell in compiled.__closure__ or ():
+        if isinstance(cell.cell_contents, torch._dynamo.eval_frame._TorchDynamoContext):
+            return cell.cell_contents
+    raise RuntimeError("cannot read the torch.compile settings of this module; pass torch.compile(module) instead")
+
+
+def _recompile_limit(callback: Any) -> int | None:
+    while callback is not None:
+        if limit := getattr(callback, "_recompile_limit", None):
+            return limit
+        callback = getattr(callback, "_torchdynamo_orig_backend", None)
+    return None
+
+
+def compile_in_place(model: nn.Module, backend: Callable[..., Any], settings: CompileSettings) -> None:
+    """Make every call of the module (`model(...)`, and so `model.generate(...)`) run compiled by `backend`.
+
+    A wrapper that `torch.compile` made keeps working: it then calls the module, which is compiled itself.
+    """
+    module = unwrap(model)
+    module._compiled_call_impl = torch.compile(_entry(module), backend=backend, **settings.arguments)
+    if isinstance(model, OptimizedModule):
+        # read back by `compile_settings`, and by torch when the wrapper is copied or unpickled
+        model.dynamo_ctx = _context_of(module._compiled_call_impl)
+        model.forward = _Call(module)
+
+
+def _entry(module: nn.Module) -> Callable[..., Any]:
+    """What to give `torch.compile` for the calls of a module. Dynamo passes over frames inside torch.nn: a module
+    whose own forward lives there needs a frame around it, as `OptimizedModule` does it."""
+    return wrap_inline(module._call_impl) if trace_rules.check(module.forward) else module._call_impl
+
+
+class _Call:
+    """Calls a module. Unlike its bound `__call__`, it is copied and pickled with the module."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+class Observation:
+    """While it stands, calls of the module run through `observe`, a Dynamo backend, and nothing else.
+
+    `before_call(args, kwargs)` runs first at each call of the module. `remove()` puts everything back, compiled
+    code included.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        observe: Callable[..., Any],
+        before_call: Callable[[tuple[Any, ...], dict[str, Any]], None],
+    ):
+        self.model, self.module = model, unwrap(model)
+        self.codes: list[Any] = []
+        self.had_call_impl = self.module.__dict__.get("_compiled_call_impl")
+        self.had_forward = model.__dict__.get("forward")
+        compiled = torch.compile(_entry(self.module), backend=observe)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            before_call(args, kwargs)
+            with self._dynamo_as_needed():
+                return compiled(*args, **kwargs)
+
+        self.module._compiled_call_impl = call
+        if isinstance(model, OptimizedModule):
+            model.forward = _Call(self.module)
+
+    @contextlib.contextmanager
+    def _dynamo_as_needed(self) -> Iterator[None]:
+        fast_path = torch.backends.mha.get_fastpath_enabled()
+        hook = convert_frame.register_bytecode_hook(lambda code, _: self.codes.append(code))
+        # the fast path hands the weights to one fused kernel, where no product can be seen
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with torch._dynamo.config.patch(OBSERVING):
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
+            hook.remove()
+
+    def remove(self) -> None:
+        """Restore the module's calls, and drop the observed code from Dynamo's caches, where it would count
+        towards the recompile limit and teach later compiles that shapes vary."""
+        if self.had_call_impl is None:
+            self.module.__dict__.pop("_compiled_call_impl", None)
+        else:
+            self.module._compiled_call_impl = self.had_call_impl
+        if isinstance(self.model, OptimizedModule) and self.had_forward is not None:
+            self.model.forward = self.had_forward
+        for code in self.codes:
+            torch._dynamo.reset_code(code)
+            pgo.get_code_state().pop(pgo.CodeId.make(code), None)
+        self.codes.clear()
+
+
+def mark_varying(tensor: torch.Tensor) -> torch.Tensor:
+    """An alias of a batch's tensor whose sizes Dynamo takes as varying from the start, where it can."""
+    alias = tensor.detach()
+    for dim, size in enumerate(alias.shape):
+        if size > 1:
+            torch._dynamo.maybe_mark_dynamic(alias, dim)
+    return alias

@@ -1,0 +1,17 @@
+"""Shared fixtures: small models of real architectures, random weights, no download."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    """Same seed for every test; no compiled code left over from the one before."""
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()

@@ -1,0 +1,53 @@
+"""Every promised architecture, from the dense model to compiled packed weights."""
+
+import copy
+
+import pytest
+import torch
+from models import MODELS, call
+
+import hwpq_fx
+from hwpq_fx.kernels import Float8Sparse24Tensor
+
+
+def dequantized(model):
+    """The same model with plain dense weights that hold what the packed ones stand for."""
+    dense = copy.deepcopy(model)
+    for module in dense.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if isinstance(parameter, Float8Sparse24Tensor):
+                module.register_parameter(name, torch.nn.Parameter(parameter.dequantize(), requires_grad=False))
+    return dense
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_converted_model_matches_dequantized_weights(name, compiled):
+    build, batch_of, expected = MODELS[name]
+    model = build()
+    batches = [batch_of(2, 12), batch_of(3, 9), batch_of(1, 5)]
+    before = call(model, batches[0])
+    given = torch.compile(model) if compiled else model
+    # without FP8 activations the two must agree to rounding
+    converted = hwpq_fx.convert(given, batches, hwpq_fx.HWPQConfig(activation="none"))
+    assert converted is given
+    report = hwpq_fx.report(converted)
+    assert len(report.converted) == expected, str(report)
+    reference = call(dequantized(model), batches[0])
+    torch.testing.assert_close(call(converted, batches[0]), reference, rtol=1e-4, atol=1e-5)
+    assert (reference - before).abs().max() > 1e-4, "conversion changed nothing"
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "encoder"])
+def test_fp8_activations_compiled_equal_eager(name):
+    build, batch_of, _ = MODELS[name]
+    model = build()
+    batches = [batch_of(2, 12)]
+    converted = hwpq_fx.convert(torch.compile(model), batches)
+    eager = copy.deepcopy(model)  # torch drops compiled calls from copies
+    assert eager._compiled_call_impl is None
+    torch.testing.assert_close(call(converted, batches[0]), call(eager, batches[0]), rtol=2e-2, atol=2e-2)
+    # FP8 activations move the outputs by per cents, not more
+    reference = call(dequantized(model), batches[0])
+    error = (call(converted, batches[0]) - reference).norm() / reference.norm()
+    assert 1e-4 < error < 0.1
