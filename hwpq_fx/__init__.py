@@ -1,6 +1,6 @@
 """2:4 sparse FP8 for models that use `torch.compile`.
 
-    model = hwpq_fx.convert(torch.compile(model), calib)
+model = hwpq_fx.convert(torch.compile(model), calib)
 """
 
 from .config import HWPQConfig

@@ -82,7 +82,9 @@ def convert(
     else:
         if config is not None:
             _end(prepared)
-            raise ModelError("a prepared model has its config already: give it to prepare(), not to convert()")
+            raise ModelError(
+                "a prepared model has its config already: give it to prepare(), not to convert()"
+            )
         _checked(model, prepared.config)
     try:
         if prepared.calibration is not None:
@@ -159,7 +161,9 @@ def _compress_all(
             if reason:
                 rows = sum(one.rows for many in statistics.values() for one in many)
                 report.layers.append(
-                    LayerReport(layer.name, shape, "dense", reason, rows=rows, dense_bytes=layer.parameter.nbytes)
+                    LayerReport(
+                        layer.name, shape, "dense", reason, rows=rows, dense_bytes=layer.parameter.nbytes
+                    )
                 )
                 continue
             compressed = compress(layer.name, layer.parameter, statistics, prepared.config)

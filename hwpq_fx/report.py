@@ -59,8 +59,20 @@ class Report:
         return asdict(self)
 
     def table(self) -> Table:
-        table = Table(title=f"{len(self.converted)} of {len(self.layers)} layers converted", title_justify="left")
-        for column in ("layer", "out x in", "became", "rows", "pruned", "settled", "error", "KiB before", "after"):
+        table = Table(
+            title=f"{len(self.converted)} of {len(self.layers)} layers converted", title_justify="left"
+        )
+        for column in (
+            "layer",
+            "out x in",
+            "became",
+            "rows",
+            "pruned",
+            "settled",
+            "error",
+            "KiB before",
+            "after",
+        ):
             justify = "left" if column in ("layer", "became") else "right"
             table.add_column(column, justify=justify, overflow="fold", no_wrap=column != "layer")  # type: ignore[arg-type]
         for layer in self.layers:
@@ -83,7 +95,9 @@ class Report:
 
     def summary(self) -> str:
         """The totals and the seconds, in two lines."""
-        before, packed, layout = (self.total(f"{part}_bytes") / 2**20 for part in ("dense", "packed", "layout"))
+        before, packed, layout = (
+            self.total(f"{part}_bytes") / 2**20 for part in ("dense", "packed", "layout")
+        )
         sizes = f"converted layers: {before:.1f} MiB before, {packed:.1f} MiB packed"
         if layout:
             sizes += f" (and {layout:.1f} MiB in memory for the CPU's products, never saved)"

@@ -70,7 +70,9 @@ class Float8Sparse24Tensor(TorchAOBaseTensor):
         lower index on ties. factor: float32 [N], multiplies each row, by its scale. Raises ValueError on a shape, mask or activation that does not fit.
         """
         if weight.dim() != 2 or not weight.is_floating_point():
-            raise ValueError(f"a packed weight is 2-D floating point, not {tuple(weight.shape)} {weight.dtype}")
+            raise ValueError(
+                f"a packed weight is 2-D floating point, not {tuple(weight.shape)} {weight.dtype}"
+            )
         if weight.shape[1] % FORMAT_K:
             raise ValueError(f"K = {weight.shape[1]} is not a multiple of {FORMAT_K}")
         if activation not in ACTIVATIONS:
@@ -185,7 +187,7 @@ def packed_linear(
 
 
 @implements(aten.linear.default)
-@implements_torch_function(F.linear)
+@implements_torch_function([F.linear, aten.linear.default])
 def _(func, types, args, kwargs):
     x, weight, bias = _arguments(("input", "weight", "bias"), args, kwargs)
     if isinstance(x, Float8Sparse24Tensor):
@@ -195,6 +197,21 @@ def _(func, types, args, kwargs):
     if weight.transposed:
         return F.linear(x, weight.dequantize(), bias)
     return packed_linear(x, weight, bias)
+
+
+@implements_torch_function(F.multi_head_attention_forward)
+def _(func, types, args, kwargs):
+    # linear would batch a weight to multiply inputs that are not contiguous, as they are with batch_first
+    inputs = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+    made: dict[int, torch.Tensor] = {}  # the same tensor stays the same: self attention is told by identity
+    for name in ("query", "key", "value"):
+        inputs[name] = made.setdefault(id(inputs[name]), inputs[name].contiguous())
+    with torch._C.DisableTorchFunctionSubclass():
+        return (
+            func(*args[3:], **inputs)
+            if len(args) <= 3
+            else func(*list(inputs.values())[:3], *args[3:], **kwargs)
+        )
 
 
 @implements([aten.mm.default, aten.matmul.default])
@@ -212,7 +229,11 @@ def _(func, types, args, kwargs):
 
 def _product(bias, x, weight):
     # x @ weight is a linear only where the packed rows are the columns of `weight`
-    if isinstance(weight, Float8Sparse24Tensor) and weight.transposed and not isinstance(x, Float8Sparse24Tensor):
+    if (
+        isinstance(weight, Float8Sparse24Tensor)
+        and weight.transposed
+        and not isinstance(x, Float8Sparse24Tensor)
+    ):
         return packed_linear(x, weight.t(), bias)
     y = _dense(x) @ _dense(weight)
     return y if bias is None else y + bias

@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from .inline import inline_attention
 from .lower import lower
 
 Pass = Callable[[fx.GraphModule], fx.GraphModule]
 
 # in order, each on a copy of the graph
-PASSES: tuple[Pass, ...] = (lower,)
+PASSES: tuple[Pass, ...] = (inline_attention, lower)
 
 
 class HwpqBackend:

@@ -1,9 +1,9 @@
 """The lower pass: products with a packed weight become activation quantization and one custom op.
 
-    before   %y = linear(%x, %w, %b)                             %w: Float8Sparse24Tensor
-    after    %scale = clamp(div(float(amax(abs(%x))), 448))      once for each distinct %x
-             %values = to(clamp(div(float(%x), %scale)), e4m3)
-             %y = hwpq_fx.linear24(%values, %scale, %w.qdata, %w.sparse_metadata, %w.scale, %b, %w.dense, ...)
+before   %y = linear(%x, %w, %b)                             %w: Float8Sparse24Tensor
+after    %scale = clamp(div(float(amax(abs(%x))), 448))      once for each distinct %x
+         %values = to(clamp(div(float(%x), %scale)), e4m3)
+         %y = hwpq_fx.linear24(%values, %scale, %w.qdata, %w.sparse_metadata, %w.scale, %b, %w.dense, ...)
 """
 
 import torch
@@ -58,12 +58,13 @@ def _lowered(graph: fx.Graph, product: Product, quantized: dict) -> fx.Node:
         wants_grad = torch.is_grad_enabled() and value_of(product.x).requires_grad
         if key not in quantized:
             # gradients go straight through the rounding, by `x_grad`
-            quantized[key] = _inline(graph, quantize_rows, graph.call_method("detach", (x,)) if wants_grad else x)
+            quantized[key] = _inline(
+                graph, quantize_rows, graph.call_method("detach", (x,)) if wants_grad else x
+            )
         values, scale = quantized[key]
         x_grad = x if wants_grad else None
     parts = [
-        graph.call_function(getattr, (product.weight, name))
-        for name in ("qdata", "sparse_metadata", "scale")
+        graph.call_function(getattr, (product.weight, name)) for name in ("qdata", "sparse_metadata", "scale")
     ]
     dense = None
     if weight.dense is not None and (scale is not None or weight.dense.dtype == out.dtype):
@@ -81,4 +82,3 @@ def _inline(graph: fx.Graph, function, x: fx.Node):
     traced = fx.symbolic_trace(function).graph
     (argument,) = [node for node in traced.nodes if node.op == "placeholder"]
     return graph.graph_copy(traced, {argument: x})
-

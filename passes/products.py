@@ -1,4 +1,4 @@
-"""Find the products with a 2-D weight in a Dynamo graph: F.linear, addmm, mm, matmul and their methods."""
+"""Find the products with a 2-D weight in a graph of torch or aten calls: linear, addmm, mm, matmul."""
 
 import operator
 from collections.abc import Iterator
@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-LINEAR = {F.linear, torch._C._nn.linear}
-MATMUL = {torch.matmul, torch.mm, operator.matmul, torch.Tensor.matmul, torch.Tensor.mm}
-ADDMM = {torch.addmm, torch.Tensor.addmm}
+aten = torch.ops.aten
+LINEAR = {F.linear, torch._C._nn.linear, aten.linear.default}
+MM = {torch.mm, torch.Tensor.mm, aten.mm.default}
+MATMUL = {torch.matmul, operator.matmul, torch.Tensor.matmul, aten.matmul.default}
+ADDMM = {torch.addmm, torch.Tensor.addmm, aten.addmm.default}
 MATMUL_METHODS = {"matmul", "mm", "__matmul__"}
 
 
@@ -36,8 +38,8 @@ def match(node: fx.Node) -> Product | None:
     if node.op == "call_function" and node.target in LINEAR:
         x, weight, bias = _named(node, "input", "weight", "bias")
         found = Product(node, x, weight, bias, True)
-    elif node.op == "call_function" and node.target in MATMUL:
-        x, weight = _named(node, "input", "other" if node.target is not torch.mm else "mat2")
+    elif node.op == "call_function" and node.target in MATMUL | MM:
+        x, weight = _named(node, "input", "mat2" if node.target in MM else "other")
         found = Product(node, x, weight, None, False)
     elif node.op == "call_method" and node.target in MATMUL_METHODS and len(arguments) == 2:
         found = Product(node, arguments[0], arguments[1], None, False)

@@ -16,7 +16,9 @@ def dequantized(model):
     for module in dense.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if isinstance(parameter, Float8Sparse24Tensor):
-                module.register_parameter(name, torch.nn.Parameter(parameter.dequantize(), requires_grad=False))
+                module.register_parameter(
+                    name, torch.nn.Parameter(parameter.dequantize(), requires_grad=False)
+                )
     return dense
 
 
