@@ -83,9 +83,7 @@ def as_call(batch: Any, what: str = "batch") -> tuple[tuple[Any, ...], dict[str,
         return (), dict(batch)
     if isinstance(batch, (tuple, list)):
         return tuple(batch), {}
-    raise TypeError(
-        f"{what} is {type(batch).__name__}: a tensor, a tuple of arguments or a mapping is wanted"
-    )
+    raise TypeError(f"{what} is {type(batch).__name__}: a tensor, a tuple of arguments or a mapping is wanted")
 
 
 def _marked(value: Any) -> Any:

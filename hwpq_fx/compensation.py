@@ -27,14 +27,10 @@ def _energy(terms: Tensor, mask: Tensor) -> Tensor:
 DEFAULT_COMPENSATION = "energy"
 
 # Each takes the contributions [N, K] and the mask.
-COMPENSATIONS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = MappingProxyType(
-    {"energy": _energy, "none": _none}
-)
+COMPENSATIONS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = MappingProxyType({"energy": _energy, "none": _none})
 
 
-def compensate(
-    weight: Tensor, mask: Tensor, sum_sq: Tensor | None = None, name: str = DEFAULT_COMPENSATION
-) -> Tensor:
+def compensate(weight: Tensor, mask: Tensor, sum_sq: Tensor | None = None, name: str = DEFAULT_COMPENSATION) -> Tensor:
     """Factor for every row of the pruned weight: float32 [N].
 
     weight: [N, K], any float dtype. mask: bool [N, K], True = kept. sum_sq: [K] sums of squares per input

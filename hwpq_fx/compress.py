@@ -56,9 +56,7 @@ def compress(name: str, parameter: torch.Tensor, statistics: Statistics, config:
     weight = parameter.detach()
     weight = weight.t().contiguous() if transposed else weight
     if not bool(weight.isfinite().all()):
-        raise ModelError(
-            f"{name}: the weight holds NaN or Inf; mend the checkpoint or add the layer to ignore"
-        )
+        raise ModelError(f"{name}: the weight holds NaN or Inf; mend the checkpoint or add the layer to ignore")
     spans = spans_of(name, weight.shape[0], statistics)
 
     masks, settled, factors = [], 0.0, []
@@ -76,9 +74,7 @@ def compress(name: str, parameter: torch.Tensor, statistics: Statistics, config:
         status, size, restored = "sparse24_fp8", packed.packed_nbytes(), packed.dequantize(torch.float32)
         new = packed.t() if transposed else packed
     else:
-        dense = dense_float8(
-            weight.masked_fill(~mask, 0) * factor[:, None].to(weight.dtype), config.activation
-        )
+        dense = dense_float8(weight.masked_fill(~mask, 0) * factor[:, None].to(weight.dtype), config.activation)
         status, size, restored = "fp8", dense.qdata.nbytes + dense.scale.nbytes, dense.dequantize().float()
         new = dense
     line = LayerReport(
@@ -100,12 +96,8 @@ def spans_of(name: str, rows: int, statistics: Statistics) -> list[Span]:
     cuts = sorted({0, rows, *(use.start for use in statistics), *(use.stop for use in statistics)})
     spans = []
     for start, stop in zip(cuts, cuts[1:], strict=False):
-        seen = [
-            one for use, many in statistics.items() if use.start <= start and stop <= use.stop for one in many
-        ]
-        sum_sq = (
-            torch.stack([one.total.to(seen[0].total.device) for one in seen]).sum(0).float() if seen else None
-        )
+        seen = [one for use, many in statistics.items() if use.start <= start and stop <= use.stop for one in many]
+        sum_sq = torch.stack([one.total.to(seen[0].total.device) for one in seen]).sum(0).float() if seen else None
         if sum_sq is not None and not bool(sum_sq.isfinite().all()):
             raise CalibrationError(
                 f"{name}: its input held NaN or Inf (or values too large for float32) during calibration; look for the "

@@ -1,7 +1,7 @@
 """`prepare` and `convert`: the one call, and the same in two steps."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -82,9 +82,7 @@ def convert(
     else:
         if config is not None:
             _end(prepared)
-            raise ModelError(
-                "a prepared model has its config already: give it to prepare(), not to convert()"
-            )
+            raise ModelError("a prepared model has its config already: give it to prepare(), not to convert()")
         _checked(model, prepared.config)
     try:
         if prepared.calibration is not None:
@@ -136,7 +134,7 @@ def _calibrate(prepared: _Prepared, calib: Any, progress: bool) -> None:
             raise CalibrationError("no batch has been run through the prepared model")
         return
     if progress and isinstance(calib, Iterable):
-        calib = track(calib, "observe", total=len(calib) if hasattr(calib, "__len__") else None)
+        calib = track(calib, "observe", total=len(calib) if isinstance(calib, Sized) else None)
     with prepared.timed("observe"):
         calibration.run(calib)
 
@@ -154,16 +152,14 @@ def _compress_all(
             if not statistics and not reason:
                 continue  # no product: an embedding, a table of positions
             uses = list(statistics)
-            shape = tuple(layer.parameter.shape)
-            shape = shape[::-1] if uses and uses[0].transposed else shape
+            rows, cols = layer.parameter.shape
+            shape = (cols, rows) if uses and uses[0].transposed else (rows, cols)
             reason = reason or _not_wanted(layer.name, prepared.config)
             reason = reason or cannot_compress(shape, uses, prepared.config)
             if reason:
-                rows = sum(one.rows for many in statistics.values() for one in many)
+                seen = sum(one.rows for many in statistics.values() for one in many)
                 report.layers.append(
-                    LayerReport(
-                        layer.name, shape, "dense", reason, rows=rows, dense_bytes=layer.parameter.nbytes
-                    )
+                    LayerReport(layer.name, shape, "dense", reason, rows=seen, dense_bytes=layer.parameter.nbytes)
                 )
                 continue
             compressed = compress(layer.name, layer.parameter, statistics, prepared.config)

@@ -44,11 +44,7 @@ class Explanation:
         parts = [f"{len(self.graphs)} graph(s), {self.rewritten} product(s) on packed weights"]
         for number, graph in enumerate(self.graphs):
             before, after = graph.counts_before, graph.counts_after
-            changed = [
-                f"{op} {before[op]} -> {after[op]}"
-                for op in sorted(before | after)
-                if before[op] != after[op]
-            ]
+            changed = [f"{op} {before[op]} -> {after[op]}" for op in sorted(before | after) if before[op] != after[op]]
             parts.append(f"graph {number}: {', '.join(changed) or 'unchanged'}")
             parts.append("before\n" + graph.before.print_readable(print_output=False).strip())
             parts.append("after\n" + graph.after.print_readable(print_output=False).strip())
@@ -58,9 +54,7 @@ class Explanation:
 def op_counts(gm: fx.GraphModule) -> Counter[str]:
     """How often each operation stands in a graph, by its short name."""
     return Counter(
-        _name(node.target)
-        for node in gm.graph.nodes
-        if node.op in ("call_function", "call_method", "call_module")
+        _name(node.target) for node in gm.graph.nodes if node.op in ("call_function", "call_method", "call_module")
     )
 
 

@@ -32,10 +32,7 @@ class Layer:
         if isinstance(self.owner, nn.MultiheadAttention) and self.attribute.endswith("proj_weight"):
             return Use(False, 0, rows)
         # transformers' GPT-2 style layer keeps [in, out]; told by name, so that transformers need not be imported
-        if (
-            type(self.owner).__name__ == "Conv1D"
-            and type(self.owner).__module__ == "transformers.pytorch_utils"
-        ):
+        if type(self.owner).__name__ == "Conv1D" and type(self.owner).__module__ == "transformers.pytorch_utils":
             return Use(True, 0, cols)
         return None
 
@@ -62,13 +59,9 @@ def check_convertible(model: nn.Module) -> None:
             raise ModelError(f"{where} is in training mode: call model.eval() before converting")
     for name, parameter in model.named_parameters():
         if isinstance(parameter, Float8Sparse24Tensor):
-            raise ModelError(
-                f"{name} is packed already: this model has been converted; load the dense one again"
-            )
+            raise ModelError(f"{name} is packed already: this model has been converted; load the dense one again")
         if parameter.is_meta:
-            raise ModelError(
-                f"{name} is on the meta device and holds no weights: load the model before converting"
-            )
+            raise ModelError(f"{name} is on the meta device and holds no weights: load the model before converting")
 
 
 def replace(layer: Layer, weight: torch.Tensor) -> None:

@@ -59,9 +59,7 @@ class Report:
         return asdict(self)
 
     def table(self) -> Table:
-        table = Table(
-            title=f"{len(self.converted)} of {len(self.layers)} layers converted", title_justify="left"
-        )
+        table = Table(title=f"{len(self.converted)} of {len(self.layers)} layers converted", title_justify="left")
         for column in (
             "layer",
             "out x in",
@@ -95,9 +93,7 @@ class Report:
 
     def summary(self) -> str:
         """The totals and the seconds, in two lines."""
-        before, packed, layout = (
-            self.total(f"{part}_bytes") / 2**20 for part in ("dense", "packed", "layout")
-        )
+        before, packed, layout = (self.total(f"{part}_bytes") / 2**20 for part in ("dense", "packed", "layout"))
         sizes = f"converted layers: {before:.1f} MiB before, {packed:.1f} MiB packed"
         if layout:
             sizes += f" (and {layout:.1f} MiB in memory for the CPU's products, never saved)"

@@ -105,9 +105,7 @@ def _check(x, x_scale, qdata, sparse_metadata, scale, bias, dense, out_dtype) ->
     elif not fp8 and x.dtype != out_dtype:
         wrong = f"x is {x.dtype}, the output {out_dtype}: without FP8 activations they must be the same"
     elif sparse_metadata.shape != (rows, half // 4) or scale.shape != (rows, 1):
-        wrong = (
-            f"sparse_metadata {tuple(sparse_metadata.shape)} or scale {tuple(scale.shape)} does not fit qdata"
-        )
+        wrong = f"sparse_metadata {tuple(sparse_metadata.shape)} or scale {tuple(scale.shape)} does not fit qdata"
     elif dense is not None and dense.shape != (rows, 2 * half):
         wrong = f"dense is {tuple(dense.shape)}, the weight ({rows}, {2 * half})"
     elif bias is not None and bias.shape != (rows,):

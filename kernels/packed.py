@@ -43,9 +43,7 @@ class Float8Sparse24Tensor(TorchAOBaseTensor):
     def __new__(cls, qdata, sparse_metadata, scale, activation, transposed, dtype, dense=None):
         rows, half = qdata.shape
         shape = (2 * half, rows) if transposed else (rows, 2 * half)
-        return torch.Tensor._make_wrapper_subclass(
-            cls, shape, dtype=dtype, device=qdata.device, requires_grad=False
-        )
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=qdata.device, requires_grad=False)
 
     def __init__(self, qdata, sparse_metadata, scale, activation, transposed, dtype, dense=None):
         super().__init__()
@@ -70,9 +68,7 @@ class Float8Sparse24Tensor(TorchAOBaseTensor):
         lower index on ties. factor: float32 [N], multiplies each row, by its scale. Raises ValueError on a shape, mask or activation that does not fit.
         """
         if weight.dim() != 2 or not weight.is_floating_point():
-            raise ValueError(
-                f"a packed weight is 2-D floating point, not {tuple(weight.shape)} {weight.dtype}"
-            )
+            raise ValueError(f"a packed weight is 2-D floating point, not {tuple(weight.shape)} {weight.dtype}")
         if weight.shape[1] % FORMAT_K:
             raise ValueError(f"K = {weight.shape[1]} is not a multiple of {FORMAT_K}")
         if activation not in ACTIVATIONS:
@@ -167,9 +163,7 @@ implements = Float8Sparse24Tensor.implements
 implements_torch_function = Float8Sparse24Tensor.implements_torch_function
 
 
-def packed_linear(
-    x: torch.Tensor, weight: Float8Sparse24Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
+def packed_linear(x: torch.Tensor, weight: Float8Sparse24Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`F.linear` with a packed weight [N, K], for x [..., K] of any rank; float32 accumulation, autocast obeyed."""
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -181,9 +175,7 @@ def packed_linear(
         x_grad = x if torch.is_grad_enabled() and x.requires_grad else None
     # a dense layout made for another dtype (autocast) does not fit an unquantized x
     dense = weight.dense if scale is not None or weight.dtype == x.dtype else None
-    return linear24(
-        values, scale, weight.qdata, weight.sparse_metadata, weight.scale, bias, dense, x_grad, x.dtype
-    )
+    return linear24(values, scale, weight.qdata, weight.sparse_metadata, weight.scale, bias, dense, x_grad, x.dtype)
 
 
 @implements(aten.linear.default)
@@ -207,11 +199,7 @@ def _(func, types, args, kwargs):
     for name in ("query", "key", "value"):
         inputs[name] = made.setdefault(id(inputs[name]), inputs[name].contiguous())
     with torch._C.DisableTorchFunctionSubclass():
-        return (
-            func(*args[3:], **inputs)
-            if len(args) <= 3
-            else func(*list(inputs.values())[:3], *args[3:], **kwargs)
-        )
+        return func(*args[3:], **inputs) if len(args) <= 3 else func(*list(inputs.values())[:3], *args[3:], **kwargs)
 
 
 @implements([aten.mm.default, aten.matmul.default])
@@ -229,11 +217,7 @@ def _(func, types, args, kwargs):
 
 def _product(bias, x, weight):
     # x @ weight is a linear only where the packed rows are the columns of `weight`
-    if (
-        isinstance(weight, Float8Sparse24Tensor)
-        and weight.transposed
-        and not isinstance(x, Float8Sparse24Tensor)
-    ):
+    if isinstance(weight, Float8Sparse24Tensor) and weight.transposed and not isinstance(x, Float8Sparse24Tensor):
         return packed_linear(x, weight.t(), bias)
     y = _dense(x) @ _dense(weight)
     return y if bias is None else y + bias
@@ -319,9 +303,7 @@ def _(func, types, args, kwargs):
             "a dense tensor cannot be copied into a packed 2:4 weight: pack it with from_hp() first, "
             "or load a checkpoint of the converted model"
         )
-    same = all(
-        getattr(weight, name).shape == getattr(source, name).shape for name in weight.tensor_data_names
-    )
+    same = all(getattr(weight, name).shape == getattr(source, name).shape for name in weight.tensor_data_names)
     if not same or (weight.activation, weight.transposed) != (source.activation, source.transposed):
         raise ValueError(f"cannot copy {source} into {weight}: shape, activation or transposition differ")
     for name in weight.tensor_data_names:

@@ -26,9 +26,7 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3), scale
 
 
-def quantize_weight_rows(
-    weight: torch.Tensor, scale: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_weight_rows(weight: torch.Tensor, scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """As `quantize_rows`, for a weight [N, K]; -0.0 is written as +0.0.
 
     `scale` float32 [N, 1] is used where given. A negative zero has counted as a nonzero in CUTLASS's

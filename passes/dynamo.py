@@ -57,9 +57,7 @@ def _context_of(compiled: Callable[..., Any]) -> Any:
     for cell in compiled.__closure__ or ():
         if isinstance(cell.cell_contents, torch._dynamo.eval_frame._TorchDynamoContext):
             return cell.cell_contents
-    raise RuntimeError(
-        "cannot read the torch.compile settings of this module; pass torch.compile(module) instead"
-    )
+    raise RuntimeError("cannot read the torch.compile settings of this module; pass torch.compile(module) instead")
 
 
 def _recompile_limit(callback: Any) -> int | None:

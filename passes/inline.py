@@ -7,7 +7,6 @@ after    %s = split_with_sizes(%in_proj_weight, [64, 128])     %a = linear(%q, %
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx

@@ -58,14 +58,10 @@ def _lowered(graph: fx.Graph, product: Product, quantized: dict) -> fx.Node:
         wants_grad = torch.is_grad_enabled() and value_of(product.x).requires_grad
         if key not in quantized:
             # gradients go straight through the rounding, by `x_grad`
-            quantized[key] = _inline(
-                graph, quantize_rows, graph.call_method("detach", (x,)) if wants_grad else x
-            )
+            quantized[key] = _inline(graph, quantize_rows, graph.call_method("detach", (x,)) if wants_grad else x)
         values, scale = quantized[key]
         x_grad = x if wants_grad else None
-    parts = [
-        graph.call_function(getattr, (product.weight, name)) for name in ("qdata", "sparse_metadata", "scale")
-    ]
+    parts = [graph.call_function(getattr, (product.weight, name)) for name in ("qdata", "sparse_metadata", "scale")]
     dense = None
     if weight.dense is not None and (scale is not None or weight.dense.dtype == out.dtype):
         dense = graph.call_function(getattr, (product.weight, "dense"))

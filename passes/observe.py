@@ -137,21 +137,11 @@ def _other_use(graph: fx.Graph, weight: fx.Node, served: set[tuple[fx.Node, fx.N
         for user in node.users:
             value = value_of(user)
             is_view = isinstance(value, torch.Tensor) and _storage(user) == storage
-            is_list_of_views = isinstance(value, (tuple, list)) and all(
-                isinstance(v, torch.Tensor) for v in value
-            )
+            is_list_of_views = isinstance(value, (tuple, list)) and all(isinstance(v, torch.Tensor) for v in value)
             is_metadata = value is not None and not isinstance(value, (torch.Tensor, tuple, list))
-            if (
-                user.target == OBSERVER
-                or (node, user) in served
-                or is_view
-                or is_list_of_views
-                or is_metadata
-            ):
+            if user.target == OBSERVER or (node, user) in served or is_view or is_list_of_views or is_metadata:
                 continue
-            target = (
-                user.target if isinstance(user.target, str) else getattr(user.target, "__name__", user.target)
-            )
+            target = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", user.target)
             return f"also used by {target}, which is not a product with a 2-D weight"
     return None
 

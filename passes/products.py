@@ -43,9 +43,7 @@ def match(node: fx.Node) -> Product | None:
         found = Product(node, x, weight, None, False)
     elif node.op == "call_method" and node.target in MATMUL_METHODS and len(arguments) == 2:
         found = Product(node, arguments[0], arguments[1], None, False)
-    elif (node.op == "call_function" and node.target in ADDMM) or (
-        node.op == "call_method" and node.target == "addmm"
-    ):
+    elif (node.op == "call_function" and node.target in ADDMM) or (node.op == "call_method" and node.target == "addmm"):
         bias, x, weight = _named(node, "input", "mat1", "mat2")
         plain = node.kwargs.get("beta", 1) == 1 and node.kwargs.get("alpha", 1) == 1
         if plain and isinstance(bias, fx.Node) and _dim(bias) == 1:

@@ -24,9 +24,7 @@ def naive(scores, mean_rate=1 / 8, dev_rate=1 / 4):
 
 
 def assert_close_to_naive(scores, mean_rate=1 / 8, dev_rate=1 / 4):
-    for got, expected in zip(
-        ewma(scores, mean_rate, dev_rate), naive(scores, mean_rate, dev_rate), strict=True
-    ):
+    for got, expected in zip(ewma(scores, mean_rate, dev_rate), naive(scores, mean_rate, dev_rate), strict=True):
         assert got.dtype == torch.float32
         assert got.shape == scores.shape
         # |x - mean| of nearly equal numbers keeps the rounding of the larger past.
@@ -57,9 +55,7 @@ def test_equals_naive(seed, rows, length, spread, mean_rate, dev_rate):
 @settings(deadline=None, max_examples=60)
 @given(
     st.lists(
-        st.one_of(
-            st.sampled_from([0.0, 1.0, 1e30, 1e-38]), st.floats(0, float(torch.tensor(1e30)), width=32)
-        ),
+        st.one_of(st.sampled_from([0.0, 1.0, 1e30, 1e-38]), st.floats(0, float(torch.tensor(1e30)), width=32)),
         min_size=1,
         max_size=100,
     )

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from models import MODELS, call
 
 import hwpq_fx
 from hwpq_fx.kernels import Float8Sparse24Tensor
+from models import MODELS, call
 
 
 def dequantized(model):
@@ -16,9 +16,7 @@ def dequantized(model):
     for module in dense.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if isinstance(parameter, Float8Sparse24Tensor):
-                module.register_parameter(
-                    name, torch.nn.Parameter(parameter.dequantize(), requires_grad=False)
-                )
+                module.register_parameter(name, torch.nn.Parameter(parameter.dequantize(), requires_grad=False))
     return dense
 
 

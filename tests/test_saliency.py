@@ -21,8 +21,7 @@ def _formula(name, w, s):
         "contribution": lambda: w**2 * s,
         "rank_one": lambda: w**2 / (1 - s / s.sum()),
         "relative": lambda: (
-            (w.abs() / w.abs().sum(1, keepdim=True) + w.abs() / w.abs().sum(0, keepdim=True))
-            * s.sqrt() ** 0.5
+            (w.abs() / w.abs().sum(1, keepdim=True) + w.abs() / w.abs().sum(0, keepdim=True)) * s.sqrt() ** 0.5
         ),
         "magnitude": lambda: w.abs(),
     }[name]()

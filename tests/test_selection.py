@@ -11,9 +11,7 @@ from hwpq_fx.ewma import ewma as moving_average
 from hwpq_fx.selection import DEFAULT_LAMBDA, SELECTIONS, select24, select_ratio
 
 LARGEST = float(torch.tensor(1e30))
-VALUES = st.one_of(
-    st.sampled_from([0.0, -0.0, 1.0, 1.0, 2.0, 1e-38, 1e-45, 1e30]), st.floats(0, LARGEST, width=32)
-)
+VALUES = st.one_of(st.sampled_from([0.0, -0.0, 1.0, 1.0, 2.0, 1e-38, 1e-45, 1e30]), st.floats(0, LARGEST, width=32))
 
 
 @st.composite
@@ -175,9 +173,7 @@ def test_streaming_does_not_look_ahead(seed, t):
 
 
 @pytest.mark.parametrize("name", SELECTIONS)
-@pytest.mark.parametrize(
-    "scores", [gaussian(3, 33, 512), torch.full((33, 512), 0.3)], ids=["random", "equal"]
-)
+@pytest.mark.parametrize("scores", [gaussian(3, 33, 512), torch.full((33, 512), 0.3)], ids=["random", "equal"])
 def test_rows_do_not_depend_on_their_company(name, scores):
     whole = select24(scores, name).mask
     for start, stop in [(0, 1), (32, 33), (4, 9), (1, 32)]:
