@@ -3,6 +3,11 @@
 model = hwpq_fx.convert(torch.compile(model), calib)
 """
 
+# ruff: noqa: E402, I001  (torchao first, quietly)
+from ._torchao import import_torchao
+
+import_torchao()
+
 from .config import HWPQConfig
 from .conversion import convert, prepare
 from .errors import CalibrationError, ConfigError, HWPQError, ModelError

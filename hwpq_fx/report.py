@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from io import StringIO
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -59,20 +60,17 @@ class Report:
         return asdict(self)
 
     def table(self) -> Table:
-        table = Table(title=f"{len(self.converted)} of {len(self.layers)} layers converted", title_justify="left")
-        for column in (
-            "layer",
-            "out x in",
-            "became",
-            "rows",
-            "pruned",
-            "settled",
-            "error",
-            "KiB before",
-            "after",
-        ):
-            justify = "left" if column in ("layer", "became") else "right"
-            table.add_column(column, justify=justify, overflow="fold", no_wrap=column != "layer")  # type: ignore[arg-type]
+        table = Table(
+            title=f"{len(self.converted)} of {len(self.layers)} layers converted",
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+        )
+        table.add_column("layer", overflow="fold", min_width=24)
+        table.add_column("out x in", justify="right", no_wrap=True)
+        table.add_column("became", overflow="fold", min_width=8)
+        for column in ("rows", "settled", "error", "KiB"):
+            table.add_column(column, justify="right", no_wrap=True)
         for layer in self.layers:
             size = "x".join(map(str, layer.shape))
             if layer.status == "dense":
@@ -81,13 +79,11 @@ class Report:
             table.add_row(
                 layer.name,
                 size,
-                layer.status,
+                "2:4 fp8" if layer.status == "sparse24_fp8" else f"fp8 -{layer.pruned:.0%}",
                 str(layer.rows),
-                f"{layer.pruned:.1%}",
                 f"{layer.settled:.1%}",
                 f"{layer.error:.3f}",
-                f"{layer.dense_bytes / 1024:.0f}",
-                f"{layer.packed_bytes / 1024:.0f}",
+                f"{layer.dense_bytes / 1024:.0f} > {layer.packed_bytes / 1024:.0f}",
             )
         return table
 
@@ -102,7 +98,7 @@ class Report:
 
     def __str__(self) -> str:
         text = StringIO()
-        console = Console(file=text, width=130)
+        console = Console(file=text, width=110)
         console.print(self.table())
         console.print(self.summary(), highlight=False, soft_wrap=True)
         return text.getvalue()

@@ -1,0 +1,34 @@
+"""The command line, `hwpq-fx`."""
+
+import json
+import sys
+
+import click
+from rich.console import Console
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="hwpq_fx")
+def main() -> None:
+    """2:4 sparse FP8 for models that use torch.compile."""
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+def demo(as_json: bool) -> None:
+    """Convert all-MiniLM-L6-v2 on this machine and compare it with the dense model.
+
+    Needs no GPU and no download beyond the demo extra. Exits with 1 where the agreement is under the floor, with 2
+    where the demo extra is missing.
+    """
+    from .demo import run_demo, show
+
+    try:
+        result = run_demo(progress=not as_json)
+    except ModuleNotFoundError as error:
+        raise click.UsageError(str(error)) from error
+    if as_json:
+        click.echo(json.dumps(result.to_dict()))
+    else:
+        show(result, Console())
+    sys.exit(0 if result.passed else 1)
