@@ -65,8 +65,9 @@ class Report:
             title_justify="left",
             box=box.SIMPLE_HEAD,
             pad_edge=False,
+            padding=(0, 1, 0, 0),
         )
-        table.add_column("layer", overflow="fold", min_width=24)
+        table.add_column("layer", overflow="fold", min_width=22)
         table.add_column("out x in", justify="right", no_wrap=True)
         table.add_column("became", overflow="fold", min_width=8)
         for column in ("rows", "settled", "error", "KiB"):

@@ -11,7 +11,7 @@ from torch import fx
 
 from hwpq_fx.kernels import Float8Sparse24Tensor, quantize_rows
 
-from .products import Product, products, value_of
+from .products import Product, match, value_of
 
 # what may stand between a weight and its product, and is left over once the product is gone
 VIEWS = {"t", "transpose", "permute", torch.t, torch.transpose, torch.permute, getattr}
@@ -26,16 +26,21 @@ def lower(gm: fx.GraphModule) -> fx.GraphModule:
     """
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
-    found = [product for product in products(graph) if _packed_along_input(product)]
-    if not found:
-        return gm
     quantized: dict[tuple[fx.Node, torch.dtype], tuple[fx.Node, fx.Node]] = {}
-    for product in found:
-        with graph.inserting_before(product.node):
+    rewritten = 0
+    for node in list(graph.nodes):
+        # matched one by one: the x of this product may be a product that was just replaced
+        product = match(node)
+        if product is None or not _packed_along_input(product):
+            continue
+        with graph.inserting_before(node):
             y = _lowered(graph, product, quantized)
-        y.meta = dict(product.node.meta)
-        product.node.replace_all_uses_with(y)
-        graph.erase_node(product.node)
+        y.meta = dict(node.meta)
+        node.replace_all_uses_with(y)
+        graph.erase_node(node)
+        rewritten += 1
+    if not rewritten:
+        return gm
     graph.eliminate_dead_code(is_impure_node=lambda node: node.target not in VIEWS)
     lowered = fx.GraphModule(gm, graph)
     lowered.meta.update(gm.meta)

@@ -103,7 +103,10 @@ def _storage(node: fx.Node) -> int | None:
     value = value_of(node)
     if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
         return None
-    return value.untyped_storage()._cdata
+    try:
+        return value.untyped_storage()._cdata
+    except NotImplementedError:  # inside vmap a tensor is a wrapper without memory of its own
+        return None
 
 
 def _use(weight: fx.Node, view: fx.Node, linear: bool) -> Use | None:
