@@ -1,6 +1,7 @@
 """The command line, `hwpq-fx`."""
 
 import json
+import logging
 import sys
 
 import click
@@ -11,6 +12,8 @@ from rich.console import Console
 @click.version_option(package_name="hwpq_fx")
 def main() -> None:
     """2:4 sparse FP8 for models that use torch.compile."""
+    # transformers imports parts of torchao that make torch talk of enums
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 
 @main.command()
