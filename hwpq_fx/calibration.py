@@ -1,17 +1,24 @@
 """Running a model over calibration batches while its inputs are observed."""
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any, TypeVar
 
 import torch
+from rich.progress import Progress
 from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 
 from hwpq_fx.passes import observe
 from hwpq_fx.passes.dynamo import Observation, mark_varying, unwrap
 
 from .errors import CalibrationError
+from .layers import layers_of
 from .statistics import CalibrationRecorder
+
+T = TypeVar("T")
 
 
 class Calibration:
@@ -20,19 +27,27 @@ class Calibration:
     def __init__(self, model: nn.Module):
         self.model = model
         self.recorder = CalibrationRecorder()
-        self._signature = inspect.signature(unwrap(model).forward)
+        module = unwrap(model)
+        self._signature = inspect.signature(module.forward)
+        owners = {layer.owner: None for layer in layers_of(module) if layer.static_use}
+        self._framed = [owner for owner in owners if owner is not module and "forward" not in vars(owner)]
+        for owner in self._framed:
+            owner.forward = MethodType(_forward, owner)
         self._observation = Observation(model, self._backend, self._before_call)
 
     def remove(self) -> None:
         self._observation.remove()
+        for owner in self._framed:
+            vars(owner).pop("forward", None)
 
     def _backend(self, gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         observed = observe(gm, self.recorder)
+        forward = observed.gm.forward  # a GraphModule that is called itself prints what goes wrong in it
 
         def run(*args: Any) -> Any:
             for place, reason in observed.blocked.items():
                 self.recorder.block(args[place], reason)
-            return observed.gm(*args)
+            return forward(*args)
 
         # eagerly: compiling for a handful of batches costs more than it saves
         return run
@@ -46,33 +61,43 @@ class Calibration:
         self.recorder.begin_call(mask)
 
     @torch.no_grad()
-    def run(self, calib: Iterable[Any] | Callable[[nn.Module], Any]) -> None:
+    def run(self, calib: Iterable[Any] | Callable[[nn.Module], Any], progress: bool = False) -> None:
         """Feed the model. Raises CalibrationError where there is no batch or the model refuses one, TypeError where
         `calib` is not of the kinds that `convert` takes."""
         if callable(calib) and not isinstance(calib, Iterable):
             calib(self.model)
-        else:
-            self._run_batches(calib)
-        if self.recorder.calls == 0:
-            raise CalibrationError("calibration ran no batch: calib is empty, or never called the model")
-
-    def _run_batches(self, calib: Iterable[Any]) -> None:
-        if isinstance(calib, (torch.Tensor, Mapping, str)) or not isinstance(calib, Iterable):
+        elif isinstance(calib, (torch.Tensor, Mapping, str)) or not isinstance(calib, Iterable):
             raise TypeError(
                 f"calib is {type(calib).__name__}, one batch or none; pass an iterable of batches: [batch], a list or "
                 "a DataLoader"
             )
+        else:
+            with tracked(calib, "observe", progress) as batches:
+                self._run_batches(batches)
+        if self.recorder.calls == 0:
+            raise CalibrationError("calibration ran no batch: calib is empty, or never called the model")
+
+    def _run_batches(self, calib: Iterable[Any]) -> None:
         for number, batch in enumerate(calib):
             args, kwargs = as_call(batch, f"calib batch {number}")
             args = tuple(_marked(value) for value in args)
             kwargs = {name: _marked(value) for name, value in kwargs.items()}
             try:
                 self.model(*args, **kwargs)
+            except BackendCompilerFailed:  # our fault, not the batch's
+                raise
             except Exception as error:
-                first = (str(error).strip().splitlines() or [""])[0]
+                cause = _cause(error)
+                first = (str(cause).strip().splitlines() or [""])[0]
                 raise CalibrationError(
-                    f"the model refused calibration batch {number}: {type(error).__name__}: {first}"
+                    f"the model refused calibration batch {number}: {type(cause).__name__}: {first}"
                 ) from error
+
+
+def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What linear layers run while they are observed. Dynamo passes over frames inside torch.nn: without a frame of
+    ours, a layer called by code that Dynamo gave up on (a graph break inside a loop) would not be seen."""
+    return type(self).forward(self, *args, **kwargs)
 
 
 def as_call(batch: Any, what: str = "batch") -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -84,6 +109,23 @@ def as_call(batch: Any, what: str = "batch") -> tuple[tuple[Any, ...], dict[str,
     if isinstance(batch, (tuple, list)):
         return tuple(batch), {}
     raise TypeError(f"{what} is {type(batch).__name__}: a tensor, a tuple of arguments or a mapping is wanted")
+
+
+@contextmanager
+def tracked(items: Iterable[T], what: str, progress: bool) -> Iterator[Iterable[T]]:
+    """`items`, with a bar where `progress` is wanted. The bar ends with the block, an exception included."""
+    if not progress:
+        yield items
+        return
+    with Progress() as bars:
+        yield bars.track(items, description=what)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What the model itself raised, where Dynamo met it while tracing."""
+    while isinstance(error, TorchDynamoException) and (below := error.__cause__ or error.__context__):
+        error = below
+    return error
 
 
 def _marked(value: Any) -> Any:

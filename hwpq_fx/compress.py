@@ -1,8 +1,11 @@
 """One layer: score, select, compensate and pack. Pure: reads a dense weight, returns its compressed form."""
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from hwpq_fx.kernels import FORMAT_K, Float8Sparse24Tensor
 from hwpq_fx.passes import Use
@@ -10,7 +13,8 @@ from hwpq_fx.passes import Use
 from .compensation import compensate
 from .config import HWPQConfig
 from .errors import CalibrationError, ModelError
-from .float8 import dense_float8
+from .float8 import dense_float8, mm_compatible
+from .layers import Layer
 from .report import LayerReport
 from .saliency import score
 from .selection import Selection, select24, select_ratio
@@ -35,29 +39,44 @@ class Span(NamedTuple):
     rows: int
 
 
-def cannot_compress(shape: tuple[int, int], uses: list[Use], config: HWPQConfig) -> str:
-    """Why a weight [N, K] with these uses has to stay dense, or ""."""
-    transposed = {use.transposed for use in uses}
-    if len(transposed) > 1:
+def cannot_compress(layer: Layer, uses: list[Use], config: HWPQConfig) -> str:
+    """Why a layer with these uses has to stay dense, or ""."""
+    if len({use.transposed for use in uses}) > 1:
         return "multiplied along both of its sides"
-    if config.sparsity == "2:4" and shape[1] % FORMAT_K:
-        return f"in_features {shape[1]} is not a multiple of {FORMAT_K}"
-    if config.sparsity != "2:4" and True in transposed:
-        return "kept as [in, out], for which torchao's Float8Tensor has no product"
+    rows, cols = shape_of(layer.parameter, uses)
+    if rows * cols == 0:
+        return "holds no weights"
+    if config.sparsity == "2:4":
+        return f"in_features {cols} is not a multiple of {FORMAT_K}" if cols % FORMAT_K else ""
+    # torchao's Float8Tensor knows linear, not addmm nor what nn.MultiheadAttention does with its weights
+    if not isinstance(layer.owner, nn.Linear) or isinstance(layer.owner, NonDynamicallyQuantizableLinear):
+        return f"held by {type(layer.owner).__name__}: torchao's Float8Tensor is for nn.Linear"
+    if config.activation == "dynamic" and not mm_compatible(rows, cols):
+        return f"{rows}x{cols}: FP8 products want multiples of 16"
     return ""
 
 
-def compress(name: str, parameter: torch.Tensor, statistics: Statistics, config: HWPQConfig) -> Compressed:
-    """Compress one parameter, [N, K] or its transpose as its uses say.
+def shape_of(parameter: torch.Tensor, uses: list[Use]) -> tuple[int, int]:
+    """[out_features, in_features], however the parameter is kept."""
+    rows, cols = parameter.shape
+    return (cols, rows) if uses and uses[0].transposed else (rows, cols)
 
-    Raises ModelError for NaN or Inf in the weight, CalibrationError for NaN or Inf in its inputs.
+
+def check_weight(layer: Layer) -> None:
+    """Raise ModelError for NaN or Inf in the weight."""
+    if not bool(layer.parameter.isfinite().all()):
+        raise ModelError(f"{layer.name}: the weight holds NaN or Inf; mend the checkpoint or add the layer to ignore")
+
+
+def compress(name: str, parameter: torch.Tensor, statistics: Statistics, config: HWPQConfig) -> Compressed:
+    """Compress one finite parameter, [N, K] or its transpose as its uses say.
+
+    Raises CalibrationError for NaN or Inf in its inputs.
     """
     transposed = next(iter(statistics)).transposed
     weight = parameter.detach()
     weight = weight.t().contiguous() if transposed else weight
-    if not bool(weight.isfinite().all()):
-        raise ModelError(f"{name}: the weight holds NaN or Inf; mend the checkpoint or add the layer to ignore")
-    spans = spans_of(name, weight.shape[0], statistics)
+    spans = spans_of(name, weight, statistics)
 
     masks, settled, factors = [], 0.0, []
     for span in spans:
@@ -91,19 +110,23 @@ def compress(name: str, parameter: torch.Tensor, statistics: Statistics, config:
     return Compressed(new, line)
 
 
-def spans_of(name: str, rows: int, statistics: Statistics) -> list[Span]:
-    """Cut the output rows where their inputs change (packed q/k/v projections of cross attention)."""
-    cuts = sorted({0, rows, *(use.start for use in statistics), *(use.stop for use in statistics)})
+def spans_of(name: str, weight: torch.Tensor, statistics: Statistics) -> list[Span]:
+    """Cut the output rows of `weight` [N, K] where their inputs change (packed q/k/v of cross attention)."""
+    cuts = sorted({0, weight.shape[0], *(use.start for use in statistics), *(use.stop for use in statistics)})
     spans = []
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in pairwise(cuts):
         seen = [one for use, many in statistics.items() if use.start <= start and stop <= use.stop for one in many]
-        sum_sq = torch.stack([one.total.to(seen[0].total.device) for one in seen]).sum(0).float() if seen else None
+        sum_sq = torch.stack([one.total.to(weight.device) for one in seen]).sum(0).float() if seen else None
         if sum_sq is not None and not bool(sum_sq.isfinite().all()):
+            call = max(int(one.bad_call) for one in seen)
+            where = f"call {call} of the model (batch {call}, counted from 0)" if call >= 0 else "calibration"
             raise CalibrationError(
-                f"{name}: its input held NaN or Inf (or values too large for float32) during calibration; look for the "
-                "batch that causes it, or add the layer to ignore"
+                f"{name}: its input held NaN or Inf, or values too large for float32, in {where}; leave that batch out "
+                "or add the layer to ignore"
             )
-        spans.append(Span(start, stop, sum_sq, sum(one.rows for one in seen)))
+        # an input that was always zero tells nothing of its channels
+        known = sum_sq is not None and bool(sum_sq.any())
+        spans.append(Span(start, stop, sum_sq if known else None, sum(one.rows for one in seen)))
     return spans
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from torchao.core.config import AOBaseConfig
+from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
 
 from hwpq_fx.kernels.packed import ACTIVATIONS
 
@@ -14,6 +14,7 @@ from .selection import DEFAULT_LAMBDA, SELECTIONS
 from .targets import check_pattern
 
 DEFAULT_IGNORE = ("lm_head",)
+ALLOWED_AO_MODULES.add(__name__)  # where torchao's config_from_dict looks for the class
 
 
 @dataclass
@@ -25,11 +26,13 @@ class HWPQConfig(AOBaseConfig):
     matched from the start of the name). None: every layer found. A pattern that matches nothing is an error."""
 
     ignore: list[str] = field(default_factory=lambda: list(DEFAULT_IGNORE))
-    """Layers to leave as they are, in the same three forms; stronger than `targets`."""
+    """Layers to leave as they are, in the same three forms; stronger than `targets`. What is given here takes the
+    place of the default: name "lm_head" again to keep it dense."""
 
     sparsity: str | float = "2:4"
     """"2:4", packed in 5 bits per weight; or the share of weights to prune, in (0, 1), anywhere in the layer, stored
-    as dense FP8 (torchao's Float8Tensor): smaller than bfloat16, but no faster for the zeros."""
+    as dense FP8 (torchao's Float8Tensor): smaller than bfloat16, but no faster for the zeros, for nn.Linear only, and
+    without gradients (call the model under torch.no_grad())."""
 
     saliency: str = "contribution"
     """What a weight is worth: "contribution" (w^2 times the sum of its squared inputs), "rank_one", "relative"
@@ -61,10 +64,13 @@ class HWPQConfig(AOBaseConfig):
             patterns = getattr(self, name)
             if isinstance(patterns, str):
                 raise ConfigError(f"{name} is a list of patterns: write [{patterns!r}]")
-            for pattern in patterns or ():
+            if name == "targets" and patterns is None:
+                continue
+            if not isinstance(patterns, (list, tuple, set, frozenset)):
+                raise ConfigError(f"{name} {patterns!r} is not a list of patterns")
+            for pattern in patterns:
                 check_pattern(name, pattern)
-            if patterns is not None:
-                setattr(self, name, list(patterns))
+            setattr(self, name, list(patterns))
         if self.targets is not None and not self.targets:
             raise ConfigError("targets is empty, so nothing would be converted; None means every layer found")
         if self.sparsity != "2:4" and not _in_open_unit(self.sparsity):
@@ -77,7 +83,7 @@ class HWPQConfig(AOBaseConfig):
             if not _in_open_unit(getattr(self, name)):
                 raise ConfigError(f"{name} {getattr(self, name)!r} is not a number in (0, 1)")
         if not isinstance(self.lam, (int, float)) or isinstance(self.lam, bool) or not abs(self.lam) < 1e6:
-            raise ConfigError(f"lam {self.lam!r} is not a finite number")
+            raise ConfigError(f"lam {self.lam!r} is not a number between -1e6 and 1e6")
 
 
 def _one_of(name: str, value: Any, known: Any) -> None:

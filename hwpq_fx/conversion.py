@@ -1,24 +1,23 @@
 """`prepare` and `convert`: the one call, and the same in two steps."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
-from rich.progress import track
 from torch import nn
 
 from hwpq_fx.kernels import Float8Sparse24Tensor
 from hwpq_fx.passes import HwpqBackend
 from hwpq_fx.passes.dynamo import compile_in_place, compile_settings, unwrap
 
-from .calibration import Calibration
-from .compress import Compressed, Statistics, cannot_compress, compress
+from .calibration import Calibration, tracked
+from .compress import Compressed, Statistics, cannot_compress, check_weight, compress, shape_of
 from .config import DEFAULT_IGNORE, HWPQConfig
 from .errors import CalibrationError, ModelError
-from .layers import Layer, check_convertible, layers_of, replace
+from .layers import Layer, check_convertible, layers_of, put
 from .report import LayerReport, Report, attach_report
 from .targets import check_all_match, matches
 
@@ -45,8 +44,8 @@ def prepare(model: M, config: HWPQConfig | None = None) -> M:
     Every call of the model (`model(...)`, `model.generate(...)`) is observed until then, eagerly. Raises ConfigError
     or ModelError and changes nothing where the model or the config does not fit.
     """
-    config = _checked(model, config)
-    module = unwrap(model)
+    module = _module_of(model)
+    config = _checked(module, config)
     if PREPARED in module.__dict__:
         raise ModelError("the model is prepared already: run batches through it, then call convert(model)")
     module.__dict__[PREPARED] = _Prepared(config, Calibration(model))
@@ -72,48 +71,53 @@ def convert(
     Raises ConfigError, CalibrationError, ModelError or TypeError; whatever is raised, Ctrl-C included, the model is
     then as it was before, without observers. `hwpq_fx.report(model)` tells what was done to each layer.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is {type(model).__name__}: an nn.Module or torch.compile(module) is wanted")
-    module = unwrap(model)
+    module = _module_of(model)
     prepared = module.__dict__.pop(PREPARED, None)
-    if prepared is None:
-        config = _checked(model, config)
-        prepared = _Prepared(config, None if calib is None else Calibration(model))
-    else:
-        if config is not None:
-            _end(prepared)
-            raise ModelError("a prepared model has its config already: give it to prepare(), not to convert()")
-        _checked(model, prepared.config)
     try:
+        if prepared is None:
+            config = _checked(module, config)
+            prepared = _Prepared(config, None if calib is None else Calibration(model))
+        elif config is not None:
+            raise ModelError("a prepared model has its config already: give it to prepare(), not to convert()")
+        else:
+            _checked(module, prepared.config)
         if prepared.calibration is not None:
-            _calibrate(prepared, calib, progress)
-        chosen, report = _compress_all(module, prepared, progress)
+            _calibrate(prepared.calibration, prepared, calib, progress)
     finally:
-        _end(prepared)
-
-    # from here on nothing is expected to fail
-    for layer, compressed in chosen:
-        replace(layer, compressed.weight)
-    with prepared.timed("lay out"):
-        for layer, compressed in chosen:
-            _expand(layer, compressed.line)
-    report.seconds = prepared.seconds
+        if prepared is not None and prepared.calibration is not None:
+            prepared.calibration.remove()
+    # what is made here stays: it must not be tensors that only inference mode can use
+    with torch.inference_mode(False), torch.no_grad():
+        made, report = _compress_all(module, prepared, progress)
+        settings = compile_settings(model)
+        try:
+            for layer, weight in made:
+                put(layer, weight)
+            if settings is not None:
+                compile_in_place(model, HwpqBackend(settings.backend), settings)
+        except BaseException:
+            for layer, _ in made:
+                put(layer, layer.parameter)
+            raise
     attach_report(module, report)
-    if (settings := compile_settings(model)) is not None:
-        compile_in_place(model, HwpqBackend(settings.backend), settings)
     return model
 
 
-def _checked(model: nn.Module, config: HWPQConfig | None) -> HWPQConfig:
+def _module_of(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}: an nn.Module or torch.compile(module) is wanted")
+    return unwrap(model)
+
+
+def _checked(module: nn.Module, config: HWPQConfig | None) -> HWPQConfig:
+    """The config to use, a copy, once it and the model are found to fit."""
     if config is None:
         config = HWPQConfig()
     elif not isinstance(config, HWPQConfig):
         raise TypeError(f"config is {type(config).__name__}, not HWPQConfig")
-    module = unwrap(model)
+    config = replace(config)  # validates again: fields may have been assigned since
     check_convertible(module)
-    names = [layer.name for layer in layers_of(module)]
+    names = [name for layer in layers_of(module) for name in layer.names]
     if not names:
         raise ModelError("the model has no 2-D floating point parameter: there is nothing to convert")
     check_all_match("targets", config.targets or (), names)
@@ -121,46 +125,29 @@ def _checked(model: nn.Module, config: HWPQConfig | None) -> HWPQConfig:
     return config
 
 
-def _end(prepared: _Prepared) -> None:
-    if prepared.calibration is not None:
-        prepared.calibration.remove()
+def _calibrate(calibration: Calibration, prepared: _Prepared, calib: Any, progress: bool) -> None:
+    if calib is not None:
+        with prepared.timed("observe"):
+            calibration.run(calib, progress)
+    elif calibration.recorder.calls == 0:
+        raise CalibrationError("no batch has been run through the prepared model")
 
 
-def _calibrate(prepared: _Prepared, calib: Any, progress: bool) -> None:
-    calibration = prepared.calibration
-    assert calibration is not None
-    if calib is None:
-        if calibration.recorder.calls == 0:
-            raise CalibrationError("no batch has been run through the prepared model")
-        return
-    if progress and isinstance(calib, Iterable):
-        calib = track(calib, "observe", total=len(calib) if isinstance(calib, Sized) else None)
-    with prepared.timed("observe"):
-        calibration.run(calib)
-
-
-@torch.no_grad()
 def _compress_all(
     module: nn.Module, prepared: _Prepared, progress: bool
-) -> tuple[list[tuple[Layer, Compressed]], Report]:
-    """Choose and pack every layer without touching the model."""
-    report, chosen = Report(), []
-    layers = layers_of(module)
-    with prepared.timed("choose and pack"):
-        for layer in track(layers, "choose and pack") if progress else layers:
-            statistics, reason = _statistics(layer, prepared)
-            if not statistics and not reason:
-                continue  # no product: an embedding, a table of positions
-            uses = list(statistics)
-            rows, cols = layer.parameter.shape
-            shape = (cols, rows) if uses and uses[0].transposed else (rows, cols)
-            reason = reason or _not_wanted(layer.name, prepared.config)
-            reason = reason or cannot_compress(shape, uses, prepared.config)
+) -> tuple[list[tuple[Layer, torch.Tensor]], Report]:
+    """Choose and pack every layer without touching the model: the new weights, and what the report says."""
+    report, chosen = Report(seconds=prepared.seconds), []
+    plan = [(layer, *_plan(layer, prepared)) for layer in layers_of(module)]
+    plan = [(layer, statistics, reason) for layer, statistics, reason in plan if statistics or reason]
+    # before any layer is packed: a bad weight makes the inputs of later layers bad, and it is the one to name
+    for layer, _, reason in plan:
+        if not reason:
+            check_weight(layer)
+    with prepared.timed("choose and pack"), tracked(plan, "choose and pack", progress) as steps:
+        for layer, statistics, reason in steps:
             if reason:
-                seen = sum(one.rows for many in statistics.values() for one in many)
-                report.layers.append(
-                    LayerReport(layer.name, shape, "dense", reason, rows=seen, dense_bytes=layer.parameter.nbytes)
-                )
+                report.layers.append(_dense_line(layer, statistics, reason))
                 continue
             compressed = compress(layer.name, layer.parameter, statistics, prepared.config)
             chosen.append((layer, compressed))
@@ -168,37 +155,49 @@ def _compress_all(
     if not chosen:
         why = "; ".join(f"{line.name}: {line.reason}" for line in report.layers[:5])
         raise ModelError(f"nothing is left to convert ({why or 'no product with a parameter was found'})")
-    return chosen, report
+    with prepared.timed("lay out"):
+        return [(layer, _laid_out(compressed)) for layer, compressed in chosen], report
 
 
-def _statistics(layer: Layer, prepared: _Prepared) -> tuple[Statistics, str]:
-    """What is known of a layer's inputs, and why it must stay dense as far as its uses tell."""
-    static = layer.static_use
+def _plan(layer: Layer, prepared: _Prepared) -> tuple[Statistics, str]:
+    """What is known of a layer's inputs, and why it stays dense, or "". Neither for what multiplies nothing: an
+    embedding, a table of positions."""
+    config, static = prepared.config, layer.static_use
     if prepared.calibration is None:
         statistics: Statistics = {static: []} if static else {}
         reason = ""
     else:
         recorder, key = prepared.calibration.recorder, id(layer.parameter)
         statistics = recorder.uses.get(key, {})
-        reason = recorder.blocked.get(key, "") if statistics or static else ""
-        if static and not statistics and not reason:
-            reason = "not reached"
-    if statistics and layer.aliases:
-        reason = f"shared with {', '.join(layer.aliases)}"
-    return statistics, reason
+        reached = any(one.rows for many in statistics.values() for one in many)
+        reason = recorder.blocked.get(key, "") or ("" if reached else "not reached")
+    if not statistics and not static:
+        named = config.targets is not None and _any_match(layer, config.targets)
+        return {}, "no product with it was seen" if named else ""
+    if layer.tied:
+        reason = f"shared with {', '.join(layer.tied)}"
+    if config.targets is not None and not _any_match(layer, config.targets):
+        reason = "not in targets"
+    if _any_match(layer, config.ignore):
+        reason = "ignored"
+    return statistics, reason or cannot_compress(layer, list(statistics), config)
 
 
-def _not_wanted(name: str, config: HWPQConfig) -> str:
-    if any(matches(name, pattern) for pattern in config.ignore):
-        return "ignored"
-    if config.targets is not None and not any(matches(name, pattern) for pattern in config.targets):
-        return "not in targets"
-    return ""
+def _any_match(layer: Layer, patterns: Iterable[str]) -> bool:
+    return any(matches(name, pattern) for name in layer.names for pattern in patterns)
 
 
-def _expand(layer: Layer, line: LayerReport) -> None:
-    weight = getattr(layer.owner, layer.attribute)
-    if isinstance(weight, Float8Sparse24Tensor):
-        expanded = weight.expand()
-        line.layout_bytes = expanded.layout_nbytes()
-        replace(layer, expanded)
+def _dense_line(layer: Layer, statistics: Statistics, reason: str) -> LayerReport:
+    uses = list(statistics) or [use for use in [layer.static_use] if use]
+    rows = sum(one.rows for many in statistics.values() for one in many)
+    shape = shape_of(layer.parameter, uses)
+    return LayerReport(layer.name, shape, "dense", reason, rows=rows, dense_bytes=layer.parameter.nbytes)
+
+
+def _laid_out(compressed: Compressed) -> torch.Tensor:
+    """The weight as the model will hold it, with the layout that the CPU computes with."""
+    if not isinstance(compressed.weight, Float8Sparse24Tensor):
+        return compressed.weight
+    expanded = compressed.weight.expand()
+    compressed.line.layout_bytes = expanded.layout_nbytes()
+    return expanded

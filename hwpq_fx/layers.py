@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
+from torchao.utils import TorchAOBaseTensor
 
-from hwpq_fx.kernels import Float8Sparse24Tensor
 from hwpq_fx.passes import Use
 
 from .errors import ModelError
@@ -15,13 +16,18 @@ from .errors import ModelError
 class Layer:
     """A 2-D floating point parameter, its owner, and all names it goes by."""
 
-    name: str
-    """As in `targets` and the report: the module's name, or the parameter's where it is not called "weight"."""
+    names: list[str]
+    """As in `targets`: the module's name, or the parameter's where it is not called "weight"."""
     owner: nn.Module
     attribute: str
     parameter: nn.Parameter
-    aliases: list[str]
-    """Names of other places that hold the same parameter (tied weights)."""
+    tied: list[str]
+    """Those of the names that belong to other places that hold the same parameter."""
+
+    @property
+    def name(self) -> str:
+        """As in the report: the first one."""
+        return self.names[0]
 
     @property
     def static_use(self) -> Use | None:
@@ -44,26 +50,36 @@ def layers_of(model: nn.Module) -> list[Layer]:
         for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             name = prefix if attribute == "weight" and prefix else f"{prefix}.{attribute}".lstrip(".")
             known = found.get(id(parameter))
-            if known is None and parameter.dim() == 2 and parameter.is_floating_point():
-                found[id(parameter)] = Layer(name, module, attribute, parameter, [])
-            elif known is not None and (known.owner is not module or known.attribute != attribute):
-                known.aliases.append(name)
+            if known is not None:
+                known.names.append(name)
+                if known.owner is not module or known.attribute != attribute:
+                    known.tied.append(name)
+            elif not is_lazy(parameter) and parameter.dim() == 2 and parameter.is_floating_point():
+                found[id(parameter)] = Layer([name], module, attribute, parameter, [])
     return list(found.values())
 
 
 def check_convertible(model: nn.Module) -> None:
-    """Raise ModelError for a model in training mode, on the meta device, or converted already."""
+    """Raise ModelError for a model in training mode, without weights yet, in TorchScript, or converted already."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError("a TorchScript module cannot be traced by Dynamo: convert the nn.Module it was made from")
     for name, module in model.named_modules():
         if module.training:
             where = f"module {name!r}" if name else "the model"
             raise ModelError(f"{where} is in training mode: call model.eval() before converting")
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, Float8Sparse24Tensor):
-            raise ModelError(f"{name} is packed already: this model has been converted; load the dense one again")
+        if isinstance(parameter, TorchAOBaseTensor):
+            raise ModelError(
+                f"{name} is a {type(parameter).__name__}: this model has been converted or quantized already; load the "
+                "dense one again"
+            )
+        if is_lazy(parameter):
+            raise ModelError(f"{name} has no shape yet: run the model once before converting")
         if parameter.is_meta:
             raise ModelError(f"{name} is on the meta device and holds no weights: load the model before converting")
 
 
-def replace(layer: Layer, weight: torch.Tensor) -> None:
-    """Put `weight` in the parameter's place."""
-    layer.owner.register_parameter(layer.attribute, nn.Parameter(weight, requires_grad=False))
+def put(layer: Layer, weight: torch.Tensor) -> None:
+    """Put `weight` in the parameter's place; a parameter goes there itself."""
+    parameter = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
+    layer.owner.register_parameter(layer.attribute, parameter)

@@ -7,6 +7,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from hwpq_fx.passes.dynamo import unwrap
@@ -73,12 +74,13 @@ class Report:
         for column in ("rows", "settled", "error", "KiB"):
             table.add_column(column, justify="right", no_wrap=True)
         for layer in self.layers:
-            size = "x".join(map(str, layer.shape))
+            # Text: names and reasons may hold brackets, which a plain string would lose as markup
+            name, size = Text(layer.name), "x".join(map(str, layer.shape))
             if layer.status == "dense":
-                table.add_row(layer.name, size, f"dense: {layer.reason}", str(layer.rows or ""))
+                table.add_row(name, size, Text(f"dense: {layer.reason}"), str(layer.rows or ""))
                 continue
             table.add_row(
-                layer.name,
+                name,
                 size,
                 "2:4 fp8" if layer.status == "sparse24_fp8" else f"fp8 -{layer.pruned:.0%}",
                 str(layer.rows),
@@ -99,7 +101,8 @@ class Report:
 
     def __str__(self) -> str:
         text = StringIO()
-        console = Console(file=text, width=110)
+        # plain text, also in a notebook or under FORCE_COLOR
+        console = Console(file=text, width=110, color_system=None, force_terminal=False, force_jupyter=False)
         console.print(self.table())
         console.print(self.summary(), highlight=False, soft_wrap=True)
         return text.getvalue()

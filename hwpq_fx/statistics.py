@@ -15,7 +15,10 @@ class InputStatistics:
     """
 
     def __init__(self, channels: int, device: torch.device):
-        self.total = torch.zeros(channels, dtype=torch.float64, device=device)
+        # normal tensors, which updates inside and outside of inference mode may change
+        with torch.inference_mode(False):
+            self.total = torch.zeros(channels, dtype=torch.float64, device=device)
+            self.bad_call = torch.full((), -1, device=device)
         self.rows = 0
 
     @property
@@ -23,14 +26,19 @@ class InputStatistics:
         """float32 [K]."""
         return self.total.float()
 
-    def update(self, x: torch.Tensor, keep: torch.Tensor | None = None) -> None:
-        """Add the rows of `x` [..., K], any floating dtype; `keep` bool [rows] leaves out the others."""
-        rows = x.detach().reshape(-1, x.shape[-1])
+    def update(self, x: torch.Tensor, keep: torch.Tensor | None = None, call: int = 0) -> None:
+        """Add the rows of `x` [..., K], any floating dtype; `keep` bool [rows] leaves out the others.
+
+        `bad_call` becomes `call` where these rows hold NaN or Inf, or values whose squares overflow.
+        """
+        rows = x.detach().reshape(x.shape[:-1].numel(), x.shape[-1])
         if keep is not None:
             rows = rows[keep]
         # one pass without a temporary, converting on the way
-        norm = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(rows, dim=0, dtype=torch.promote_types(rows.dtype, torch.float32))
         self.total += norm.double().square()
+        # noted on the device: asking would wait for it
+        self.bad_call.copy_(torch.where(norm.isfinite().all(), self.bad_call, call))
         self.rows += rows.shape[0]
 
 
@@ -62,7 +70,7 @@ class CalibrationRecorder:
             statistics = self._inputs[key] = InputStatistics(x.shape[-1], x.device)
             for weight, use in zip(weights, uses, strict=True):
                 self.uses.setdefault(id(weight), {}).setdefault(use, []).append(statistics)
-        statistics.update(x, self._rows_to_keep(x))
+        statistics.update(x, self._rows_to_keep(x), self.calls - 1)
 
     def block(self, weight: torch.Tensor, reason: str) -> None:
         """No observer can speak for this parameter."""

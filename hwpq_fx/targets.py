@@ -30,6 +30,9 @@ def check_all_match(field: str, patterns: Iterable[str], names: Iterable[str]) -
     names = list(names)
     for pattern in patterns:
         if not any(matches(name, pattern) for name in names):
-            near = difflib.get_close_matches(pattern, names + [n.rpartition(".")[2] for n in names], n=3, cutoff=0.5)
-            hint = f"close: {', '.join(dict.fromkeys(near))}" if near else f"layers are named like {names[:3]}"
+            # a suffix is compared with suffixes of its own length
+            parts = pattern.count(".") + 1
+            known = names + [".".join(name.split(".")[-parts:]) for name in names]
+            near = difflib.get_close_matches(pattern, dict.fromkeys(known), n=3, cutoff=0.5)
+            hint = f"close: {', '.join(near)}" if near else f"layers are named like {', '.join(names[:3])}"
             raise ConfigError(f"{field}: {pattern!r} matches no layer of this model ({hint})")

@@ -1,9 +1,12 @@
 """What the hardware runs: the packed weight, its bit layout, and one module per op."""
 
-from .linear24 import linear24
-from .pack24 import FORMAT_K, pack24, unpack24
-from .packed import Float8Sparse24Tensor
-from .quantize_rows import quantize_rows, quantize_weight_rows
+# transformers looks for a package called `kernels`, and finds this folder where the repository is the working
+# directory. Nothing may run then: ops registered a second time leave the first registration dangling.
+if __name__ == "hwpq_fx.kernels":
+    from .linear24 import linear24
+    from .pack24 import FORMAT_K, pack24, unpack24
+    from .packed import Float8Sparse24Tensor
+    from .quantize_rows import quantize_rows, quantize_weight_rows
 
 __all__ = [
     "FORMAT_K",

@@ -11,6 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from .pack24 import unpack24
+from .quantize_rows import E4M3
+
+# places among the arguments of `linear24` that gradients flow to
+X, BIAS, X_GRAD = 0, 5, 7
 
 
 @cache
@@ -54,13 +58,16 @@ def linear24_reference(
     x_grad: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The definition, in plain torch, on any device. Arguments as `linear24`."""
+    """The definition, in plain torch, on any device. Arguments and errors as `linear24`."""
+    _check(x, x_scale, qdata, sparse_metadata, scale, bias, dense, x_grad, out_dtype)
     if dense is None:
         dense = dense_layout(qdata, sparse_metadata, scale, out_dtype, x_scale is not None)
-    if x_scale is None:
-        return F.linear(x, dense, bias)
-    y = F.linear(x.to(dense.dtype), dense).float() * x_scale * scale.view(-1)
-    return (y if bias is None else y + bias).to(out_dtype)
+    # autocast has had its say before: here it would multiply FP8 values in float16, and overflow
+    with torch.autocast(x.device.type, enabled=False):
+        if x_scale is None:
+            return F.linear(x, dense, None if bias is None else bias.to(out_dtype))
+        y = F.linear(x.to(dense.dtype), dense).float() * x_scale * scale.view(-1)
+        return (y if bias is None else y + bias).to(out_dtype)
 
 
 @torch.library.custom_op("hwpq_fx::linear24", mutates_args=())
@@ -78,62 +85,58 @@ def linear24(
     """y [..., N] = x [..., K] W^T + bias, accumulated in float32 and returned in `out_dtype`.
 
     x: e4m3 with x_scale float32 [..., 1], or `out_dtype` with x_scale None. qdata, sparse_metadata: see `pack24`;
-    scale float32 [N, 1]; bias [N] or None; dense: see `dense_layout`, or None. x_grad: the activation before it
-    was quantized, given only while gradients are wanted: they flow to it straight through the rounding.
+    scale float32 [N, 1]; bias [N] of any dtype, or None; dense: see `dense_layout`, or None. x_grad: the activation
+    before it was quantized, given only while gradients are wanted: they flow to it straight through the rounding.
     Raises RuntimeError where shapes or dtypes do not fit.
     """
-    _check(x, x_scale, qdata, sparse_metadata, scale, bias, dense, out_dtype)
-    y = linear24_reference(x, x_scale, qdata, sparse_metadata, scale, bias, dense, x_grad, out_dtype)
-    # torch.library forbids returning an input, which a product with an empty K could never be
-    return y
+    return linear24_reference(x, x_scale, qdata, sparse_metadata, scale, bias, dense, x_grad, out_dtype)
 
 
 @linear24.register_fake
 def _fake(x, x_scale, qdata, sparse_metadata, scale, bias, dense, x_grad, out_dtype):
-    _check(x, x_scale, qdata, sparse_metadata, scale, bias, dense, out_dtype)
+    _check(x, x_scale, qdata, sparse_metadata, scale, bias, dense, x_grad, out_dtype)
     return x.new_empty((*x.shape[:-1], qdata.shape[0]), dtype=out_dtype)
 
 
-def _check(x, x_scale, qdata, sparse_metadata, scale, bias, dense, out_dtype) -> None:
-    rows, half = qdata.shape
-    fp8 = x.dtype is torch.float8_e4m3fn
-    wrong = None
-    if x.shape[-1] != 2 * half:
-        wrong = f"x has {x.shape[-1]} channels, the packed weight takes {2 * half}"
-    elif fp8 != (x_scale is not None):
-        wrong = "an e4m3 x needs x_scale, and no other x takes one"
-    elif not fp8 and x.dtype != out_dtype:
-        wrong = f"x is {x.dtype}, the output {out_dtype}: without FP8 activations they must be the same"
-    elif sparse_metadata.shape != (rows, half // 4) or scale.shape != (rows, 1):
-        wrong = f"sparse_metadata {tuple(sparse_metadata.shape)} or scale {tuple(scale.shape)} does not fit qdata"
-    elif dense is not None and dense.shape != (rows, 2 * half):
-        wrong = f"dense is {tuple(dense.shape)}, the weight ({rows}, {2 * half})"
-    elif bias is not None and bias.shape != (rows,):
-        wrong = f"bias is {tuple(bias.shape)}, the output has {rows} channels"
-    if wrong:
-        raise RuntimeError(f"linear24: {wrong}")
+def _check(x, x_scale, qdata, sparse_metadata, scale, bias, dense, x_grad, out_dtype) -> None:
+    if x.dim() == 0 or qdata.dim() != 2 or x.shape[-1] != 2 * qdata.shape[1]:
+        raise RuntimeError(f"linear24: x {tuple(x.shape)} does not fit qdata {tuple(qdata.shape)}, half of its K")
+    rows, cols = qdata.shape[0], x.shape[-1]
+    fp8 = x.dtype is E4M3
+    if fp8 != (x_scale is not None):
+        raise RuntimeError("linear24: an e4m3 x needs x_scale, and no other x takes one")
+    if not fp8 and x.dtype != out_dtype:
+        raise RuntimeError(f"linear24: x is {x.dtype}, the output {out_dtype}: only an e4m3 x may differ")
+    exact = (torch.bfloat16, torch.float32)  # as `cpu_product_dtype`
+    for name, part, shape, dtypes in (
+        ("qdata", qdata, (rows, cols // 2), (E4M3,)),
+        ("sparse_metadata", sparse_metadata, (rows, cols // 8), (torch.uint8,)),
+        ("scale", scale, (rows, 1), (torch.float32,)),
+        ("x_scale", x_scale, (*x.shape[:-1], 1), (torch.float32,)),
+        ("dense", dense, (rows, cols), exact if fp8 else (out_dtype,)),
+        ("bias", bias, (rows,), ()),
+        ("x_grad", x_grad, x.shape, ()),
+    ):
+        if part is not None and (part.shape != shape or (dtypes and part.dtype not in dtypes)):
+            wanted = f"{tuple(shape)} {' or '.join(map(str, dtypes))}"
+            raise RuntimeError(f"linear24: {name} is {tuple(part.shape)} {part.dtype}, not {wanted}")
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, x_scale, qdata, sparse_metadata, scale, bias, dense, x_grad, _ = inputs
+    _, x_scale, qdata, sparse_metadata, scale, *_ = inputs
     ctx.save_for_backward(qdata, sparse_metadata, scale)
-    ctx.through = x_grad if x_scale is not None else x
-    ctx.through_dtype = None if ctx.through is None else ctx.through.dtype
-    ctx.quantized = x_scale is not None
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    del ctx.through
+    ctx.source = X if x_scale is None else X_GRAD
 
 
 def _backward(ctx, grad):
     qdata, sparse_metadata, scale = ctx.saved_tensors
-    grad_x = grad_bias = None
-    if ctx.through_dtype is not None:
-        weight = unpack24(qdata, sparse_metadata).float() * scale
-        grad_x = (grad.float() @ weight).to(ctx.through_dtype)
-    if ctx.bias_dtype is not None:
-        grad_bias = grad.float().flatten(0, -2).sum(0).to(ctx.bias_dtype)
-    gx, gx_grad = (None, grad_x) if ctx.quantized else (grad_x, None)
-    return gx, None, None, None, None, grad_bias, None, gx_grad, None
+    grad = grad.float()  # autograd casts what is returned
+    grads = [None] * 9
+    if ctx.needs_input_grad[ctx.source]:
+        grads[ctx.source] = grad @ (unpack24(qdata, sparse_metadata).float() * scale)
+    if ctx.needs_input_grad[BIAS]:
+        grads[BIAS] = grad.sum_to_size(scale.shape[:1])
+    return tuple(grads)
 
 
 linear24.register_autograd(_backward, setup_context=_setup_context)

@@ -20,8 +20,8 @@ PATTERNS = (0x4, 0x8, 0xC, 0x9, 0xD, 0xE)
 def pack24(values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Pack e4m3 `values` [N, K] where the bool `mask` [N, K] keeps exactly two of every four.
 
-    Returns (qdata [N, K/2], sparse_metadata [N, K/8]). Raises ValueError where K is not a multiple of 8 or
-    the mask is not 2:4.
+    Returns (qdata [N, K/2], sparse_metadata [N, K/8]), both contiguous. Raises ValueError where K is not a multiple
+    of 8 or the mask is not 2:4.
     """
     rows, cols = values.shape
     if cols % FORMAT_K:
@@ -38,7 +38,8 @@ def pack24(values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torc
     index = torch.stack((first, second), -1)
     # gather knows no FP8, and moving bytes keeps every bit
     qdata = values.view(torch.uint8).view(rows, cols // 4, 4).gather(-1, index).view(rows, cols // 2)
-    nibble = (first | second << 2).to(torch.uint8)
+    # elementwise results keep the strides of a transposed mask; kernels read rows
+    nibble = (first | second << 2).to(torch.uint8).contiguous()
     return qdata.view(values.dtype), nibble[:, 0::2] | nibble[:, 1::2] << 4
 
 

@@ -1,20 +1,21 @@
 """The packed weight: a tensor subclass that modules hold in place of their dense weight."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torchao.utils import TorchAOBaseTensor
 
-from .linear24 import __file__ as linear24_source
 from .linear24 import dense_layout, linear24
 from .pack24 import FORMAT_K, pack24, unpack24
-from .quantize_rows import quantize_rows, quantize_weight_rows
+from .quantize_rows import E4M3, quantize_rows, quantize_weight_rows
 
 aten = torch.ops.aten
 ACTIVATIONS = ("dynamic", "none")
@@ -43,7 +44,9 @@ class Float8Sparse24Tensor(TorchAOBaseTensor):
     def __new__(cls, qdata, sparse_metadata, scale, activation, transposed, dtype, dense=None):
         rows, half = qdata.shape
         shape = (2 * half, rows) if transposed else (rows, 2 * half)
-        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=qdata.device, requires_grad=False)
+        # views of a normal tensor have to be normal tensors, inside torch.inference_mode() too
+        with torch.inference_mode(qdata.is_inference()):
+            return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=qdata.device)
 
     def __init__(self, qdata, sparse_metadata, scale, activation, transposed, dtype, dense=None):
         super().__init__()
@@ -62,21 +65,30 @@ class Float8Sparse24Tensor(TorchAOBaseTensor):
         activation: str = "dynamic",
         factor: torch.Tensor | None = None,
     ) -> "Float8Sparse24Tensor":
-        """Prune and pack a high-precision weight [N, K] (float32, bfloat16 or float16).
+        """Prune and pack a high-precision weight [N, K] (floating point of 16 bits or more; no gradient is kept).
 
         mask: bool [N, K] that keeps exactly two of every four along K; None keeps the two largest magnitudes, the
-        lower index on ties. factor: float32 [N], multiplies each row, by its scale. Raises ValueError on a shape, mask or activation that does not fit.
+        lower index on ties. factor: float32 [N], multiplies each row, by its scale. Raises ValueError on a shape,
+        dtype, mask or activation that does not fit, and on NaN or Inf in the weight.
         """
-        if weight.dim() != 2 or not weight.is_floating_point():
+        weight = weight.detach()
+        if weight.dim() != 2 or not _shows(weight.dtype):
             raise ValueError(f"a packed weight is 2-D floating point, not {tuple(weight.shape)} {weight.dtype}")
-        if weight.shape[1] % FORMAT_K:
-            raise ValueError(f"K = {weight.shape[1]} is not a multiple of {FORMAT_K}")
+        rows, cols = weight.shape
+        if cols % FORMAT_K:
+            raise ValueError(f"K = {cols} is not a multiple of {FORMAT_K}, which the 2:4 format needs")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation {activation!r} is not one of {ACTIVATIONS}")
+        if mask is not None and (mask.shape != weight.shape or mask.dtype is not torch.bool):
+            raise ValueError(f"mask is {tuple(mask.shape)} {mask.dtype}, not {(rows, cols)} torch.bool")
+        if factor is not None and factor.shape != (rows,):
+            raise ValueError(f"factor is {tuple(factor.shape)}, the weight has {rows} rows")
+        if not bool(weight.isfinite().all()):
+            raise ValueError("the weight holds NaN or Inf")
         mask = largest_two(weight.abs()) if mask is None else mask
         values, scale = quantize_weight_rows(weight.masked_fill(~mask, 0))
         qdata, sparse_metadata = pack24(values, mask)
-        scale = scale if factor is None else scale * factor.view(-1, 1)
+        scale = scale if factor is None else scale * factor.detach().float().view(-1, 1)
         return cls(qdata, sparse_metadata, scale, activation, False, weight.dtype)
 
     def dequantize(self, output_dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -107,10 +119,28 @@ class Float8Sparse24Tensor(TorchAOBaseTensor):
         names = (*self.tensor_data_names, *self.tensor_attribute_names, *self.optional_tensor_data_names)
         return type(self)(**{name: getattr(self, name) for name in names} | changes)
 
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        # inference mode hands composite ops (chunk, narrow, to) over whole; torchao's table holds the others
+        if func not in cls._ATEN_OP_TABLE[cls] and (out := func.decompose(*args, **kwargs or {})) is not NotImplemented:
+            return out
+        return super().__torch_dispatch__(func, types, args, kwargs or {})
+
+    def _wants_layout(self) -> bool:
+        # the layout is for the CPU: it stays when the weight does, and comes back when the weight does
+        return self.dense is not None or self.device.type != "cpu"
+
+    def _remade(self, make: Callable, dtype: torch.dtype | None) -> "Float8Sparse24Tensor":
+        """A weight of the parts that `make` gives for this one's, perhaps on another device."""
+        parts = {name: make(getattr(self, name)) for name in self.tensor_data_names}
+        new = self._with(**parts, dtype=dtype or self.dtype)
+        return new.expand() if self._wants_layout() else new
+
     def _stable_hash_for_caching(self) -> str:
-        # AOTAutograd's key sees the op's name, not what it stands for: so the source of the op is part of it
-        dense = None if self.dense is None else self.dense.dtype
-        return f"{self.shape} {self.dtype} {self.activation} {self.transposed} {dense} {_op_source_hash()}"
+        # AOTAutograd's key sees a product with this weight, not what that stands for: so the source is part of it
+        names, attributes = self.__tensor_flatten__()
+        parts = [(p.dtype, p.device, tuple(p.shape), p.stride()) for p in (getattr(self, name) for name in names)]
+        return f"{attributes} {self.requires_grad} {parts} {_source_hash()}"
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return (
@@ -119,20 +149,27 @@ class Float8Sparse24Tensor(TorchAOBaseTensor):
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # `dense` is derived: say only whether there was one
-        data = tuple(getattr(self, name) for name in (*self.tensor_data_names, *self.tensor_attribute_names))
-        return _rebuild, (*data, self.dense is not None, isinstance(self, torch.nn.Parameter))
+        # bytes, because plain pickle knows no FP8; `dense` is derived: say only whether to make one
+        names = (*self.tensor_data_names, *self.tensor_attribute_names)
+        data = {name: getattr(self, name) for name in names} | {"qdata": self.qdata.view(torch.uint8)}
+        # a fake weight is pickled for AOTAutograd's key alone: torch 2.11 does not ask for the stable hash
+        key = (self._stable_hash_for_caching(),) if isinstance(self.qdata, FakeTensor) else ()
+        requires_grad = self.requires_grad if isinstance(self, torch.nn.Parameter) else None
+        return _rebuild, (*data.values(), self._wants_layout(), requires_grad, *key)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Float8Sparse24Tensor":
-        if id(self) not in memo:
-            copy = self.detach().clone()
-            memo[id(self)] = _as_parameter(copy) if isinstance(self, torch.nn.Parameter) else copy
-        return memo[id(self)]
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        copy = self.detach().clone()
+        return torch.nn.Parameter(copy, self.requires_grad) if isinstance(self, torch.nn.Parameter) else copy
 
 
 @cache
-def _op_source_hash() -> str:
-    return hashlib.sha256(Path(linear24_source).read_bytes()).hexdigest()
+def _source_hash() -> str:
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+
+
+def _shows(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize >= 2
 
 
 def largest_two(scores: torch.Tensor) -> torch.Tensor:
@@ -147,14 +184,11 @@ def largest_two(scores: torch.Tensor) -> torch.Tensor:
     return (rank < 2).view(scores.shape)
 
 
-def _as_parameter(weight: torch.Tensor) -> torch.Tensor:
-    return torch.nn.Parameter(weight, requires_grad=False)
-
-
-def _rebuild(qdata, sparse_metadata, scale, activation, transposed, dtype, expanded, parameter):
-    weight = Float8Sparse24Tensor(qdata, sparse_metadata, scale, activation, transposed, dtype)
+def _rebuild(qdata, sparse_metadata, scale, activation, transposed, dtype, expanded, requires_grad, key=""):
+    """requires_grad: that of a Parameter, None for a plain tensor."""
+    weight = Float8Sparse24Tensor(qdata.view(E4M3), sparse_metadata, scale, activation, transposed, dtype)
     weight = weight.expand() if expanded else weight
-    return _as_parameter(weight) if parameter else weight
+    return weight if requires_grad is None else torch.nn.Parameter(weight, requires_grad)
 
 
 torch.serialization.add_safe_globals([Float8Sparse24Tensor, _rebuild])
@@ -164,17 +198,21 @@ implements_torch_function = Float8Sparse24Tensor.implements_torch_function
 
 
 def packed_linear(x: torch.Tensor, weight: Float8Sparse24Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`F.linear` with a packed weight [N, K], for x [..., K] of any rank; float32 accumulation, autocast obeyed."""
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    """`F.linear` with the packed rows of `weight` [N, K], whichever way it shows them, for x [..., K] of any rank.
+
+    Accumulates in float32 and obeys autocast. Raises RuntimeError where x, or bias [N], does not fit.
+    """
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
     elif x.dtype != weight.dtype:
         raise RuntimeError(f"linear: x is {x.dtype}, the packed weight {weight.dtype}; cast one of them")
-    values, scale, x_grad = x, None, None
+    values, scale, x_grad, dense = x, None, None, weight.dense
     if weight.activation == "dynamic":
         values, scale = quantize_rows(x.detach())
         x_grad = x if torch.is_grad_enabled() and x.requires_grad else None
-    # a dense layout made for another dtype (autocast) does not fit an unquantized x
-    dense = weight.dense if scale is not None or weight.dtype == x.dtype else None
+    elif dense is not None and dense.dtype != x.dtype:
+        dense = None  # made for another dtype than autocast's
     return linear24(values, scale, weight.qdata, weight.sparse_metadata, weight.scale, bias, dense, x_grad, x.dtype)
 
 
@@ -182,49 +220,60 @@ def packed_linear(x: torch.Tensor, weight: Float8Sparse24Tensor, bias: torch.Ten
 @implements_torch_function([F.linear, aten.linear.default])
 def _(func, types, args, kwargs):
     x, weight, bias = _arguments(("input", "weight", "bias"), args, kwargs)
-    if isinstance(x, Float8Sparse24Tensor):
-        x = x.dequantize()
-    if not isinstance(weight, Float8Sparse24Tensor):
-        return F.linear(x, weight, bias)
-    if weight.transposed:
-        return F.linear(x, weight.dequantize(), bias)
+    if not _is_packed(weight) or weight.transposed or _is_packed(x):
+        return F.linear(_dense(x), _dense(weight), bias)
     return packed_linear(x, weight, bias)
 
 
 @implements_torch_function(F.multi_head_attention_forward)
 def _(func, types, args, kwargs):
     # linear would batch a weight to multiply inputs that are not contiguous, as they are with batch_first
-    inputs = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
-    made: dict[int, torch.Tensor] = {}  # the same tensor stays the same: self attention is told by identity
-    for name in ("query", "key", "value"):
-        inputs[name] = made.setdefault(id(inputs[name]), inputs[name].contiguous())
-    with torch._C.DisableTorchFunctionSubclass():
-        return func(*args[3:], **inputs) if len(args) <= 3 else func(*list(inputs.values())[:3], *args[3:], **kwargs)
+    given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+    inputs = [given.pop(name) for name in ("query", "key", "value")]
+    # the same tensor stays the same: self attention is told by identity
+    made = {key: one.contiguous() for key, one in {id(one): one for one in inputs}.items()}
+    return _below(func, [*(made[id(one)] for one in inputs), *args[3:]], given)
 
 
+# caught above aten as well: there matmul may batch the weight, and autocast casts (and so lays out) it every time
 @implements([aten.mm.default, aten.matmul.default])
+@implements_torch_function([torch.mm, torch.matmul, torch.Tensor.mm, torch.Tensor.matmul, torch.Tensor.__matmul__])
 def _(func, types, args, kwargs):
-    return _product(None, *args[:2])
+    if len(args) != 2 or kwargs:
+        return _below(func, args, kwargs)
+    return _product(*args)
 
 
 @implements(aten.addmm.default)
+@implements_torch_function([torch.addmm, torch.Tensor.addmm])
 def _(func, types, args, kwargs):
-    bias, x, weight = args[:3]
-    if kwargs.get("beta", 1) == 1 and kwargs.get("alpha", 1) == 1 and bias.dim() == 1:
-        return _product(bias, x, weight)
-    return torch.addmm(bias, _dense(x), _dense(weight), **kwargs)
+    if len(args) != 3:
+        return _below(func, args, kwargs)
+    bias, x, weight = args
+    if kwargs or not _is_packed(weight) or bias.shape != weight.scale.shape[:1]:
+        return torch.addmm(bias, _dense(x), _dense(weight), **kwargs)
+    return _product(x, weight, bias)
 
 
-def _product(bias, x, weight):
+def _product(x, weight, bias=None):
     # x @ weight is a linear only where the packed rows are the columns of `weight`
-    if isinstance(weight, Float8Sparse24Tensor) and weight.transposed and not isinstance(x, Float8Sparse24Tensor):
-        return packed_linear(x, weight.t(), bias)
-    y = _dense(x) @ _dense(weight)
-    return y if bias is None else y + bias
+    if _is_packed(weight) and weight.transposed and not _is_packed(x):
+        return packed_linear(x, weight, bias)
+    return _dense(x) @ _dense(weight) if bias is None else torch.addmm(bias, _dense(x), _dense(weight))
+
+
+def _is_packed(tensor: Any) -> bool:
+    return isinstance(tensor, Float8Sparse24Tensor)
 
 
 def _dense(tensor):
-    return tensor.dequantize() if isinstance(tensor, Float8Sparse24Tensor) else tensor
+    return tensor.dequantize() if _is_packed(tensor) else tensor
+
+
+def _below(func, args, kwargs):
+    """`func` as torch defines it, which comes back here with its aten ops."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
 
 
 def _arguments(names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
@@ -232,46 +281,47 @@ def _arguments(names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]
     return [given.get(name) for name in names]
 
 
-@implements(aten.t.default)
-def _(func, types, args, kwargs):
-    return return_and_correct_aliasing(func, args, kwargs, args[0]._with(transposed=not args[0].transposed))
+def _dim(dim: int) -> int:
+    if not -2 <= dim < 2:
+        raise IndexError(f"a packed weight has 2 dimensions: there is no dimension {dim}")
+    return dim % 2
 
 
-@implements([aten.transpose.int, aten.permute.default])
+@implements([aten.t.default, aten.transpose.int, aten.permute.default])
 def _(func, types, args, kwargs):
     weight = args[0]
-    dims = args[1] if func is aten.permute.default else args[1:3]
-    dims = [d % 2 for d in dims]
-    if func is aten.permute.default and dims == [0, 1]:
-        return return_and_correct_aliasing(func, args, kwargs, weight._with())
-    if sorted(dims) != [0, 1]:
-        return return_and_correct_aliasing(func, args, kwargs, weight._with())
-    return return_and_correct_aliasing(func, args, kwargs, weight._with(transposed=not weight.transposed))
+    dims = {aten.t.default: (1, 0), aten.transpose.int: args[1:], aten.permute.default: args[-1]}[func]
+    turned = _dim(dims[0]) != _dim(dims[1]) and (func is not aten.permute.default or _dim(dims[0]) == 1)
+    return return_and_correct_aliasing(func, args, kwargs, weight._with(transposed=weight.transposed != turned))
 
 
 @implements(aten.slice.Tensor)
 def _(func, types, args, kwargs):
-    weight, dim, start, end, step = [*args, *(0, None, None, 1)[len(args) - 1 :]]
-    if dim % 2 == _row_dim(weight):
-        rows = weight._apply_fn_to_data(lambda part: aten.slice.Tensor(part, 0, start, end, step))
-        return return_and_correct_aliasing(func, args, kwargs, rows)
-    if (start or 0) == 0 and (end is None or end >= weight.shape[dim]) and step == 1:
-        return return_and_correct_aliasing(func, args, kwargs, weight._with())
-    raise NotImplementedError(
-        "a packed weight is sliced along its output rows only: its input channels are packed in groups of four; "
-        "dequantize() first"
-    )
+    weight, dim, start, end, step = _arguments(("self", "dim", "start", "end", "step"), args, kwargs)
+    dim, step = _dim(dim or 0), step or 1
+    if dim == _row_dim(weight):
+        part = weight._apply_fn_to_data(lambda part: aten.slice.Tensor(part, 0, start, end, step))
+    elif (everything := range(weight.shape[dim]))[start:end:step] == everything:
+        part = weight._with()
+    else:
+        raise NotImplementedError(
+            "a packed weight is sliced along its output rows only: its input channels are packed in groups of four; "
+            "dequantize() first"
+        )
+    return return_and_correct_aliasing(func, args, kwargs, part)
 
 
 @implements([aten.split.Tensor, aten.split_with_sizes.default])
 def _(func, types, args, kwargs):
-    weight, sizes = args[:2]
-    dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % 2
+    weight, sizes, dim = _arguments(("self", "sizes", "dim"), args, kwargs)
+    dim = _dim(dim or 0)
     length = weight.shape[dim]
     if isinstance(sizes, int):
         sizes = [min(sizes, length - at) for at in range(0, length, sizes)]
-    bounds = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
-    return [aten.slice.Tensor(weight, dim, a, b, 1) for a, b in zip(bounds, bounds[1:], strict=False)]
+    if sum(sizes) != length:
+        raise RuntimeError(f"split: {list(sizes)} do not add up to {length}, the size of dimension {dim}")
+    bounds = accumulate(sizes, initial=0)
+    return [aten.slice.Tensor(weight, dim, start, end, 1) for start, end in pairwise(bounds)]
 
 
 def _row_dim(weight: Float8Sparse24Tensor) -> int:
@@ -280,28 +330,38 @@ def _row_dim(weight: Float8Sparse24Tensor) -> int:
 
 @implements(aten._to_copy.default)
 def _(func, types, args, kwargs):
-    weight = args[0]
-    dtype = kwargs.get("dtype") or weight.dtype
-    device = kwargs.get("device") or weight.device
-    if not dtype.is_floating_point:
-        raise NotImplementedError(f"a packed weight shows a floating dtype, not {dtype}; dequantize() first")
-    moved = [
-        getattr(weight, name).to(device, non_blocking=kwargs.get("non_blocking", False), copy=True)
-        for name in weight.tensor_data_names
-    ]
-    copy = type(weight)(*moved, weight.activation, weight.transposed, dtype)
-    # the layout is for the CPU: it stays when the weight does, and comes back when the weight does
-    wanted = copy.device.type == "cpu" and (weight.dense is not None or weight.device.type != "cpu")
-    return return_and_correct_aliasing(func, args, kwargs, copy.expand() if wanted else copy)
+    weight, dtype = args[0], kwargs.get("dtype")
+    if dtype is not None and not _shows(dtype):
+        raise NotImplementedError(
+            f"a packed weight shows floating point of 16 bits or more, not {dtype}; dequantize() first"
+        )
+    device, non_blocking = kwargs.get("device") or weight.device, kwargs.get("non_blocking", False)
+    copy = weight._remade(lambda part: part.to(device, non_blocking=non_blocking, copy=True), dtype)
+    return return_and_correct_aliasing(func, args, kwargs, copy)
+
+
+@implements(aten.empty_like.default)
+def _(func, types, args, kwargs):
+    return args[0]._remade(lambda part: torch.empty_like(part, device=kwargs.get("device")), kwargs.get("dtype"))
+
+
+@implements(aten.to.dtype_layout)
+def _(func, types, args, kwargs):
+    # torchao's own takes no dtype
+    return func.decompose(*args, **kwargs)
 
 
 @implements(aten.copy_.default)
 def _(func, types, args, kwargs):
     weight, source = args[:2]
-    if not isinstance(source, Float8Sparse24Tensor):
+    if not _is_packed(source):
         raise ValueError(
             "a dense tensor cannot be copied into a packed 2:4 weight: pack it with from_hp() first, "
             "or load a checkpoint of the converted model"
+        )
+    if not _is_packed(weight):
+        raise ValueError(
+            "a packed 2:4 weight cannot be copied into a dense tensor: dequantize() it, or convert the model first"
         )
     same = all(getattr(weight, name).shape == getattr(source, name).shape for name in weight.tensor_data_names)
     if not same or (weight.activation, weight.transposed) != (source.activation, source.transposed):
@@ -313,7 +373,18 @@ def _(func, types, args, kwargs):
     return weight
 
 
-@implements(aten.empty_like.default)
+@implements(aten.is_pinned.default)
 def _(func, types, args, kwargs):
-    device = kwargs.get("device")
-    return args[0]._apply_fn_to_data(lambda part: torch.empty_like(part, device=device))
+    return args[0].qdata.is_pinned()
+
+
+@implements(aten._pin_memory.default)
+def _(func, types, args, kwargs):
+    return args[0]._apply_fn_to_data(lambda part: part.pin_memory())
+
+
+@implements_torch_function(torch.Tensor.share_memory_)
+def _(func, types, args, kwargs):
+    # torch's own writes to storage that a wrapper does not have, and crashes
+    args[0]._apply_fn_to_data(lambda part: part.share_memory_())
+    return args[0]

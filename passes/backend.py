@@ -15,11 +15,15 @@ Pass = Callable[[fx.GraphModule], fx.GraphModule]
 PASSES: tuple[Pass, ...] = (inline_attention, lower)
 
 
-class HwpqBackend:
-    """Run `PASSES`, then `inner` (gm, example_inputs) -> callable."""
+# what Dynamo asks of a backend beside the call: the inner one's answers hold
+ASKED_OF_A_BACKEND = ("reset", "get_compiler_config", "backend_ctx_ctor")
 
-    def __init__(self, inner: Callable[..., Any]):
-        self.inner = inner
+
+class HwpqBackend:
+    """Run `PASSES`, then `inner`: a backend's name or (gm, example_inputs) -> callable."""
+
+    def __init__(self, inner: str | Callable[..., Any]):
+        self.inner = torch._dynamo.lookup_backend(inner)
         self.__name__ = "hwpq"
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:
@@ -27,11 +31,16 @@ class HwpqBackend:
             gm = run(gm)
         return self.inner(gm, example_inputs)
 
+    def __eq__(self, other: object) -> bool:
+        # models of a class whose backends are equal share what Dynamo compiled, and one count of recompiles
+        return isinstance(other, HwpqBackend) and self.inner == other.inner
+
+    __hash__ = None  # type: ignore[assignment]  # as torch's own: its Inductor wrapper compares, and has no hash
+
     def __getattr__(self, name: str) -> Any:
-        # Dynamo asks a backend for `reset` and `get_compiler_config`: the inner one's answers hold
-        if name == "inner":
-            raise AttributeError(name)
-        return getattr(self.inner, name)
+        if name in ASKED_OF_A_BACKEND:
+            return getattr(self.inner, name)
+        raise AttributeError(name)
 
 
 def hwpq(

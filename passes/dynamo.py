@@ -5,6 +5,7 @@ None of it is public in torch. Each function names what it relies on; tried on t
 
 import contextlib
 from collections.abc import Callable, Iterator
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,13 @@ from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
 from torch._dynamo.external_utils import wrap_inline
 
 # Calibration meets every shape and every module of a class; it must never fall back to running unobserved.
-OBSERVING = {"recompile_limit": 100_000, "accumulated_recompile_limit": 100_000}
+OBSERVING = {
+    "recompile_limit": 100_000,
+    "accumulated_recompile_limit": 100_000,
+    "error_on_recompile": False,
+    "suppress_errors": False,
+    "disable": False,
+}
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -40,6 +47,8 @@ def compile_settings(model: nn.Module) -> CompileSettings | None:
     elif (compiled := getattr(model, "_compiled_call_impl", None)) is not None:
         context = _context_of(compiled)
     else:
+        return None
+    if not context.callback:  # torch.compiler.disable
         return None
     arguments: dict[str, Any] = {"fullgraph": context.fullgraph, "dynamic": context._dynamic}
     if guard_filter := getattr(context._hooks, "guard_filter_fn", None):
@@ -84,7 +93,8 @@ def compile_in_place(model: nn.Module, backend: Callable[..., Any], settings: Co
 def _entry(module: nn.Module) -> Callable[..., Any]:
     """What to give `torch.compile` for the calls of a module. Dynamo passes over frames inside torch.nn: a module
     whose own forward lives there needs a frame around it, as `OptimizedModule` does it."""
-    return wrap_inline(module._call_impl) if trace_rules.check(module.forward) else module._call_impl
+    inside = isinstance(module.forward, MethodType) and trace_rules.check(module.forward)
+    return wrap_inline(module._call_impl) if inside else module._call_impl
 
 
 class _Call:
@@ -116,6 +126,7 @@ class Observation:
         self.had_forward = model.__dict__.get("forward")
         compiled = torch.compile(_entry(self.module), backend=observe)
 
+        @torch.compiler.disable  # where the user compiles the model once more, this stays outside
         def call(*args: Any, **kwargs: Any) -> Any:
             before_call(args, kwargs)
             with self._dynamo_as_needed():
@@ -132,7 +143,7 @@ class Observation:
         # the fast path hands the weights to one fused kernel, where no product can be seen
         torch.backends.mha.set_fastpath_enabled(False)
         try:
-            with torch._dynamo.config.patch(OBSERVING):
+            with torch._dynamo.config.patch(OBSERVING), torch.compiler.set_stance("default"):
                 yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_path)
@@ -154,9 +165,11 @@ class Observation:
 
 
 def mark_varying(tensor: torch.Tensor) -> torch.Tensor:
-    """An alias of a batch's tensor whose sizes Dynamo takes as varying from the start, where it can."""
+    """An alias of a batch's tensor whose batch and sequence sizes Dynamo takes as varying from the start."""
     alias = tensor.detach()
-    for dim, size in enumerate(alias.shape):
-        if size > 1:
+    # not channels, nor the height and width of images: symbolic, they have made tracing sixty times slower
+    leading = 1 if alias.dim() > 3 else 2
+    for dim, size in enumerate(alias.shape[:-1] if alias.is_floating_point() else alias.shape):
+        if dim < leading and size > 1:
             torch._dynamo.maybe_mark_dynamic(alias, dim)
     return alias

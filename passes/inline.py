@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from hwpq_fx.kernels import Float8Sparse24Tensor
 
-from .products import value_of
+from .values import as_traced, give_value, value_of
 
 ATTENTION = F.multi_head_attention_forward
 
@@ -24,9 +24,11 @@ def inline_attention(gm: fx.GraphModule) -> fx.GraphModule:
         return gm
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
-    for node in list(graph.nodes):
-        if node.target is ATTENTION:
-            _inline(graph, node)
+    with as_traced(graph) as follow:
+        for node in list(graph.nodes):
+            follow(node)
+            if node.target is ATTENTION:
+                _inline(graph, node)
     inlined = fx.GraphModule(gm, graph)
     inlined.meta.update(gm.meta)
     graph.lint()
@@ -50,7 +52,7 @@ def _inline(graph: fx.Graph, node: fx.Node) -> None:
                 _replace(graph, node, fx.map_arg(inner.args[0], env.__getitem__))
             elif inner.op != "placeholder":
                 env[inner] = graph.node_copy(inner, env.__getitem__)
-                env[inner].meta["example_value"] = _value(env[inner])
+                give_value(env[inner])
 
 
 def _stand_in(value: Any) -> Any:
@@ -58,11 +60,6 @@ def _stand_in(value: Any) -> Any:
     if not isinstance(value, Float8Sparse24Tensor):
         return value
     return value.qdata.new_empty_strided(value.shape, value.stride(), dtype=value.dtype)
-
-
-def _value(node: fx.Node) -> Any:
-    args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _replace(graph: fx.Graph, node: fx.Node, results: Any) -> None:

@@ -6,15 +6,17 @@ after    %scale = clamp(div(float(amax(abs(%x))), 448))      once for each disti
          %y = hwpq_fx.linear24(%values, %scale, %w.qdata, %w.sparse_metadata, %w.scale, %b, %w.dense, ...)
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import fx
 
 from hwpq_fx.kernels import Float8Sparse24Tensor, quantize_rows
 
-from .products import Product, match, value_of
+from .products import Product, products
+from .values import as_traced, give_value, value_of
 
-# what may stand between a weight and its product, and is left over once the product is gone
-VIEWS = {"t", "transpose", "permute", torch.t, torch.transpose, torch.permute, getattr}
 LINEAR24 = torch.ops.hwpq_fx.linear24.default
 
 
@@ -26,26 +28,30 @@ def lower(gm: fx.GraphModule) -> fx.GraphModule:
     """
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
-    quantized: dict[tuple[fx.Node, torch.dtype], tuple[fx.Node, fx.Node]] = {}
-    rewritten = 0
-    for node in list(graph.nodes):
-        # matched one by one: the x of this product may be a product that was just replaced
-        product = match(node)
-        if product is None or not _packed_along_input(product):
-            continue
-        with graph.inserting_before(node):
-            y = _lowered(graph, product, quantized)
-        y.meta = dict(node.meta)
-        node.replace_all_uses_with(y)
-        graph.erase_node(node)
-        rewritten += 1
-    if not rewritten:
+    found = {product.node: product for product in products(graph) if _packed_along_input(product)}
+    if not found:
         return gm
-    graph.eliminate_dead_code(is_impure_node=lambda node: node.target not in VIEWS)
+    inputs: dict[tuple, Input] = {}
+    with as_traced(graph) as follow:
+        for node in list(graph.nodes):
+            follow(node)
+            if node in found:
+                with graph.inserting_before(node):
+                    arguments = _arguments(graph, found[node], inputs)
+                # the node itself stays, with its name and metadata, and whoever reads it need not change
+                node.op, node.target, node.args, node.kwargs = "call_function", LINEAR24, arguments, {}
     lowered = fx.GraphModule(gm, graph)
     lowered.meta.update(gm.meta)
     graph.lint()
     return lowered
+
+
+class Input(NamedTuple):
+    """The activation as `linear24` takes it."""
+
+    x: fx.Node
+    scale: fx.Node | None
+    x_grad: fx.Node | None
 
 
 def _packed_along_input(product: Product) -> bool:
@@ -53,33 +59,41 @@ def _packed_along_input(product: Product) -> bool:
     return isinstance(weight, Float8Sparse24Tensor) and weight.transposed != product.linear
 
 
-def _lowered(graph: fx.Graph, product: Product, quantized: dict) -> fx.Node:
+def _arguments(graph: fx.Graph, product: Product, inputs: dict[tuple, Input]) -> tuple:
     weight, out = value_of(product.weight), value_of(product.node)
-    x = _in_dtype(graph, product.x, out.dtype)
-    values, scale, x_grad = x, None, None
-    if weight.activation == "dynamic":
-        # the quantized x is shared, but by the first user's place in the graph: that one comes first
-        key = (product.x, out.dtype)
-        wants_grad = torch.is_grad_enabled() and value_of(product.x).requires_grad
-        if key not in quantized:
-            # gradients go straight through the rounding, by `x_grad`
-            quantized[key] = _inline(graph, quantize_rows, graph.call_method("detach", (x,)) if wants_grad else x)
-        values, scale = quantized[key]
-        x_grad = x if wants_grad else None
-    parts = [graph.call_function(getattr, (product.weight, name)) for name in ("qdata", "sparse_metadata", "scale")]
-    dense = None
-    if weight.dense is not None and (scale is not None or weight.dense.dtype == out.dtype):
-        dense = graph.call_function(getattr, (product.weight, "dense"))
-    return graph.call_function(LINEAR24, (values, scale, *parts, product.bias, dense, x_grad, out.dtype))
+    wants_grad = value_of(product.x).requires_grad and out.requires_grad
+    # made at its first user's place, and shared by those to whom it is the same
+    key = (product.x, product.epoch, out.dtype, weight.activation, wants_grad)
+    if key not in inputs:
+        inputs[key] = _input(graph, product.x, out.dtype, weight.activation, wants_grad)
+    x, x_scale, x_grad = inputs[key]
+    names = ["qdata", "sparse_metadata", "scale"]
+    # a dense layout made for another dtype (autocast) does not fit an input that is not quantized
+    if weight.dense is not None and (x_scale is not None or weight.dense.dtype == out.dtype):
+        names.append("dense")
+    parts = {name: give_value(graph.call_function(getattr, (product.weight, name))) for name in names}
+    qdata, metadata, scale = (parts[name] for name in names[:3])
+    return x, x_scale, qdata, metadata, scale, product.bias, parts.get("dense"), x_grad, out.dtype
 
 
-def _in_dtype(graph: fx.Graph, x: fx.Node, dtype: torch.dtype) -> fx.Node:
-    """Under autocast a product casts its input; the custom op does not."""
-    return x if value_of(x).dtype == dtype else graph.call_method("to", (x, dtype))
+def _input(graph: fx.Graph, x: fx.Node, dtype: torch.dtype, activation: str, wants_grad: bool) -> Input:
+    if value_of(x).dtype != dtype:
+        # under autocast a product casts its input; the custom op does not
+        x = give_value(graph.call_method("to", (x, dtype)))
+    if activation == "none":
+        return Input(x, None, None)
+    if not wants_grad:
+        return Input(*_inline(graph, quantize_rows, x), None)
+    # gradients go straight through the rounding, by `x_grad`
+    return Input(*_inline(graph, quantize_rows, give_value(graph.call_method("detach", (x,)))), x)
 
 
-def _inline(graph: fx.Graph, function, x: fx.Node):
+def _inline(graph: fx.Graph, function: Callable, x: fx.Node) -> tuple[fx.Node, ...]:
     """Write the torch calls of `function` into the graph."""
     traced = fx.symbolic_trace(function).graph
-    (argument,) = [node for node in traced.nodes if node.op == "placeholder"]
-    return graph.graph_copy(traced, {argument: x})
+    copied = {node: x for node in traced.nodes if node.op == "placeholder"}
+    results = graph.graph_copy(traced, copied)
+    for node, copy in copied.items():
+        if node.op != "placeholder":
+            give_value(copy)
+    return results

@@ -9,15 +9,24 @@ their names: Dynamo runs one graph for many modules of a class when graph breaks
 only the call tells whose turn it is.
 """
 
+from collections import defaultdict
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import fx
+from torch._subclasses import FakeTensor
 
 from .inline import inline_attention
-from .products import match, value_of
+from .products import products
+from .values import leaves, memory, memory_of, op_name, value_of
 
 OBSERVER = "hwpq_observer"
+# what a packed weight answers, by `op_name`, on the way from the parameter to its product
+VIEWS = {
+    *("T", "H", "mT", "mH", "t", "transpose", "swapaxes", "swapdims", "permute", "adjoint"),
+    *("getitem", "slice", "narrow", "chunk", "split", "split_with_sizes", "tensor_split"),
+    *("detach", "_get_data_attr", "contiguous", "to", "type_as", "float", "double", "half", "bfloat16"),
+}
 
 
 class Use(NamedTuple):
@@ -61,100 +70,91 @@ def observe(gm: fx.GraphModule, recorder: Recorder) -> Observed:
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    owner = {_storage(node): node for node in placeholders if _is_weight(node)}
+    owner = {memory_of(node): node for node in placeholders if _is_weight(node)}
 
-    by_input: dict[fx.Node, list[tuple[fx.Node, Use, fx.Node]]] = {}
+    by_input: dict[tuple[fx.Node, int], list[tuple[fx.Node, Use, fx.Node]]] = {}
     served: set[tuple[fx.Node, fx.Node]] = set()
-    for node in list(graph.nodes):
-        product = match(node)
-        weight = owner.get(_storage(product.weight)) if product else None
-        if product is None or weight is None or _storage(product.x) == _storage(weight):
+    for product in products(graph):
+        weight = owner.get(memory_of(product.weight))
+        if weight is None or memory_of(product.x) == memory_of(weight):
             continue
         if use := _use(weight, product.weight, product.linear):
-            by_input.setdefault(product.x, []).append((weight, use, node))
-            served.add((product.weight, node))
+            by_input.setdefault((product.x, product.epoch), []).append((weight, use, product.node))
+            served.add((product.weight, product.node))
 
-    root = torch.nn.Module()
-    for name in {str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")}:
-        _attach(root, name, gm)
-    root.add_module(OBSERVER, _Observer(recorder))
-    for x, users in by_input.items():
+    observed = fx.GraphModule(gm, graph)
+    observed.add_submodule(OBSERVER, _Observer(recorder))
+    for (x, _), users in by_input.items():
         unique = dict.fromkeys((weight, use) for weight, use, _ in users)
         weights, uses = zip(*unique, strict=True)
         with graph.inserting_before(users[0][2]):
             graph.call_module(OBSERVER, (x, weights, uses))
 
+    same_memory = defaultdict(list)
+    for node in graph.nodes:
+        same_memory[memory_of(node)].append(node)
     blocked = {}
     for place, weight in enumerate(placeholders):
-        if _is_weight(weight) and (reason := _other_use(graph, weight, served)):
+        if _is_weight(weight) and (reason := _other_use(weight, same_memory[memory_of(weight)], served)):
             blocked[place] = reason
-    observed = fx.GraphModule(root, graph)
     graph.lint()
+    observed.recompile()
     return Observed(observed, blocked, len(by_input), len(served))
 
 
 def _is_weight(node: fx.Node) -> bool:
     value = value_of(node)
-    return isinstance(value, torch.nn.Parameter) and value.dim() == 2 and value.is_floating_point()
-
-
-def _storage(node: fx.Node) -> int | None:
-    """Identity of the memory behind a node's fake tensor, which views share."""
-    value = value_of(node)
-    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
-        return None
-    try:
-        return value.untyped_storage()._cdata
-    except NotImplementedError:  # inside vmap a tensor is a wrapper without memory of its own
-        return None
+    # a plain one: whatever else a parameter may be (quantized by someone else) is not ours to read
+    plain = isinstance(value, torch.nn.Parameter) and isinstance(value, FakeTensor)
+    return plain and value.dim() == 2 and value.is_floating_point()
 
 
 def _use(weight: fx.Node, view: fx.Node, linear: bool) -> Use | None:
-    """Which rows of the parameter the product reads through `view`, told by the view's strides and offset."""
-    base, seen = value_of(weight), value_of(view)
-    assert isinstance(base, torch.Tensor) and isinstance(seen, torch.Tensor)
+    """Which rows of the parameter the product reads through `view`."""
+    rows, cols = value_of(weight).shape
+    if not (seen := _rows(weight, value_of(view))):
+        return None
+    turned, start, stop = seen
+    if linear != turned:
+        return Use(False, start, stop)
+    # the parameter is kept as [K, N]; a part of its rows would cut K
+    return Use(True, 0, cols) if stop - start == rows else None
+
+
+def _rows(weight: fx.Node, seen: torch.Tensor) -> tuple[bool, int, int] | None:
+    """Whether a view shows the parameter transposed, and which rows of it; told by the strides and the offset."""
+    base = value_of(weight)
     rows, cols = base.shape
-    if base.stride() != (cols, 1):
+    turned = seen.stride() == (1, cols) and seen.shape[0] == cols and cols > 1
+    straight = seen.stride() == (cols, 1) and seen.shape[1] == cols
+    first = seen.storage_offset() - base.storage_offset()
+    if base.stride() != (cols, 1) or first % cols or not (turned or straight):
         return None
-    flipped = not linear  # whether `seen` is [K, N]
-    if seen.stride() == (1, cols) and seen.shape[0] == cols and cols > 1:
-        flipped, first, count = not flipped, seen.storage_offset() - base.storage_offset(), seen.shape[1]
-    elif seen.stride() == (cols, 1) and seen.shape[1] == cols:
-        first, count = seen.storage_offset() - base.storage_offset(), seen.shape[0]
-    else:
-        return None
-    if first % cols:
-        return None
-    # `flipped` now tells whether the parameter itself is kept as [K, N]; then a slice of it would cut K
-    if flipped:
-        return Use(True, 0, cols) if count == rows else None
-    return Use(False, first // cols, first // cols + count)
+    start, stop = first // cols, first // cols + seen.shape[1 if turned else 0]
+    return (turned, start, stop) if 0 <= start <= stop <= rows else None
 
 
-def _other_use(graph: fx.Graph, weight: fx.Node, served: set[tuple[fx.Node, fx.Node]]) -> str | None:
+def _other_use(weight: fx.Node, same_memory: list[fx.Node], served: set[tuple[fx.Node, fx.Node]]) -> str | None:
     """Why an observer cannot speak for this parameter: the first use that is not a product it serves."""
-    storage = _storage(weight)
-    for node in graph.nodes:
-        if _storage(node) != storage:
-            continue
+    if not value_of(weight).is_contiguous():
+        return "not contiguous in memory"
+    if any(_is_weight(node) for node in same_memory if node.op == "placeholder" and node is not weight):
+        return "shares its memory with another parameter"
+    for node in same_memory:
         for user in node.users:
-            value = value_of(user)
-            is_view = isinstance(value, torch.Tensor) and _storage(user) == storage
-            is_list_of_views = isinstance(value, (tuple, list)) and all(isinstance(v, torch.Tensor) for v in value)
-            is_metadata = value is not None and not isinstance(value, (torch.Tensor, tuple, list))
-            if user.target == OBSERVER or (node, user) in served or is_view or is_list_of_views or is_metadata:
+            if user.target == OBSERVER or (node, user) in served or _is_view(weight, user) or _is_metadata(user):
                 continue
-            target = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", user.target)
-            return f"also used by {target}, which is not a product with a 2-D weight"
+            return f"also used by {op_name(user)}, which is not a product with a 2-D weight"
     return None
 
 
-def _attach(root: torch.nn.Module, name: str, source: torch.nn.Module) -> None:
-    """Give `root` what `source` has under a dotted name."""
-    *path, last = name.split(".")
-    for part in path:
-        source = getattr(source, part)
-        if not hasattr(root, part):
-            root.add_module(part, torch.nn.Module())
-        root = getattr(root, part)
-    setattr(root, last, getattr(source, last))
+def _is_view(weight: fx.Node, user: fx.Node) -> bool:
+    seen = list(leaves(value_of(user)))
+    if op_name(user) not in VIEWS or not seen:
+        return False
+    return all(memory(view) == memory_of(weight) and _rows(weight, view) for view in seen)
+
+
+def _is_metadata(user: fx.Node) -> bool:
+    seen = list(leaves(value_of(user)))
+    return bool(seen) and not any(isinstance(one, torch.Tensor) for one in seen)

@@ -1,6 +1,7 @@
 """Find the products with a 2-D weight in a graph of torch or aten calls: linear, addmm, mm, matmul."""
 
 import operator
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -8,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from .values import is_transformed, memory_of, value_of
+
 aten = torch.ops.aten
-LINEAR = {F.linear, torch._C._nn.linear, aten.linear.default}
-MM = {torch.mm, torch.Tensor.mm, aten.mm.default}
-MATMUL = {torch.matmul, operator.matmul, torch.Tensor.matmul, aten.matmul.default}
-ADDMM = {torch.addmm, torch.Tensor.addmm, aten.addmm.default}
-MATMUL_METHODS = {"matmul", "mm", "__matmul__"}
+LINEAR = {F.linear, torch._C._nn.linear, aten.linear}
+MM = {torch.mm, aten.mm, "mm"}
+MATMUL = {torch.matmul, torch.linalg.matmul, operator.matmul, operator.imatmul, aten.matmul, "matmul", "__matmul__"}
+ADDMM = {torch.addmm, aten.addmm, "addmm"}
 
 
 class Product(NamedTuple):
@@ -24,47 +26,56 @@ class Product(NamedTuple):
     weight: fx.Node
     bias: fx.Node | None
     linear: bool
-
-
-def value_of(node: fx.Node) -> object:
-    """What Dynamo saw at this node: a fake tensor, a number, ... or None."""
-    return node.meta.get("example_value")
+    epoch: int = 0
+    """How often x may have been written to before: two products read the same input only in the same epoch."""
 
 
 def match(node: fx.Node) -> Product | None:
-    """`node` as a product with a 2-D right operand, or None."""
-    found = None
-    arguments = list(node.args)
-    if node.op == "call_function" and node.target in LINEAR:
-        x, weight, bias = _named(node, "input", "weight", "bias")
-        found = Product(node, x, weight, bias, True)
-    elif node.op == "call_function" and node.target in MATMUL | MM:
-        x, weight = _named(node, "input", "mat2" if node.target in MM else "other")
-        found = Product(node, x, weight, None, False)
-    elif node.op == "call_method" and node.target in MATMUL_METHODS and len(arguments) == 2:
-        found = Product(node, arguments[0], arguments[1], None, False)
-    elif (node.op == "call_function" and node.target in ADDMM) or (node.op == "call_method" and node.target == "addmm"):
-        bias, x, weight = _named(node, "input", "mat1", "mat2")
-        plain = node.kwargs.get("beta", 1) == 1 and node.kwargs.get("alpha", 1) == 1
-        if plain and isinstance(bias, fx.Node) and _dim(bias) == 1:
-            found = Product(node, x, weight, bias, False)
-    if found is None or not isinstance(found.x, fx.Node) or not isinstance(found.weight, fx.Node):
+    """`node` as a product with a 2-D right operand and a 1-D bias or none, or None."""
+    if node.op not in ("call_function", "call_method"):
         return None
-    return found if _dim(found.weight) == 2 and (_dim(found.x) or 0) >= 1 else None
+    target = getattr(node.target, "overloadpacket", node.target)
+    bias, linear = None, target in LINEAR
+    if linear:
+        x, weight, bias, *others = _arguments(node, "input", "weight", "bias")
+    elif target in MM or target in MATMUL:
+        x, weight, *others = _arguments(node, "input", "mat2" if target in MM else "other")
+    elif target in ADDMM:
+        bias, x, weight, beta, alpha, *others = _arguments(node, "input", "mat1", "mat2", "beta", "alpha")
+        if bias is None or beta not in (None, 1) or alpha not in (None, 1):
+            return None
+    else:
+        return None
+    if any(other is not None for other in others):  # out=, out_dtype=
+        return None
+    weight_shape, x_shape = _shape(weight), _shape(x)
+    if weight_shape is None or len(weight_shape) != 2 or not x_shape:
+        return None
+    if bias is not None and _shape(bias) != (weight_shape[:1] if linear else weight_shape[1:]):
+        return None
+    return Product(node, x, weight, bias, linear)
 
 
 def products(graph: fx.Graph) -> Iterator[Product]:
     """Every product in the graph, in order."""
+    touched: Counter[int | None] = Counter()
     for node in graph.nodes:
         if found := match(node):
-            yield found
+            yield found._replace(epoch=touched[memory_of(found.x)])
+            continue
+        # whatever is in place gives back its input or nothing; views do too, and count for the sake of safety
+        given = memory_of(node)
+        touched.update({one for one in map(memory_of, node.all_input_nodes) if given in (None, one)})
 
 
-def _named(node: fx.Node, *names: str) -> list:
+def _arguments(node: fx.Node, *names: str) -> list:
+    """The arguments under these names, in order, and then those beyond."""
     given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    return [given.get(name) for name in names]
+    first = given.pop("self", None)  # aten's name for the first argument
+    named = [given.pop(name, None) for name in names]
+    return [first if named[0] is None else named[0], *named[1:], *given.values(), *node.args[len(names) :]]
 
 
-def _dim(node: object) -> int | None:
+def _shape(node: object) -> torch.Size | None:
     value = value_of(node) if isinstance(node, fx.Node) else None
-    return value.dim() if isinstance(value, torch.Tensor) else None
+    return value.shape if isinstance(value, torch.Tensor) and not is_transformed(value) else None

@@ -1,0 +1,339 @@
+"""What the kept weights can do for the pruned ones: least squares by conjugate gradients, no Hessian to factor.
+
+For a layer with inputs X [R, K] and weight W [N, K], G = X^T X [K, K] is all that is asked of the inputs: the output
+error ||X (W - W')^T||_F^2 is the sum over the rows of e G e^T with e = w' - w.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import combinations
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .saliency import unit_scaled
+
+__all__ = ["Gram", "MatrixFree", "rechoose", "reconstruct", "reconstruction_loss", "refine"]
+
+Product: TypeAlias = Callable[[Tensor], Tensor]
+Gram: TypeAlias = Tensor | Product  # X^T X [K, K], or V -> V X^T X of float32 [N, K]
+
+EPS = torch.finfo(torch.float32).eps
+CONVERGED = 2.0**-40  # of the squared residual: about what float32 can resolve
+SINGULAR = 2.0**-20  # of a weight's own curvature: what is left of less beside its neighbour is rounding
+PAIRS = tuple(combinations(range(4), 2))
+
+
+class MatrixFree:
+    """V -> (V X^T) X for a sample X of the inputs: where there are too many channels to hold X^T X.
+
+    sample: [R, K], any floating dtype; not copied. max_bytes bounds each of a product's temporaries, down to one row
+    of X or one column for V. Raises ValueError: a sample that is not floating point, not 2-D or empty.
+    """
+
+    def __init__(self, sample: Tensor, max_bytes: int = 2**26):
+        if sample.dim() != 2 or sample.numel() == 0 or not sample.is_floating_point():
+            raise ValueError(f"sample must be floating point [R, K], got {sample.dtype} {list(sample.shape)}")
+        self.sample, self.max_bytes = sample.detach(), max_bytes
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """rows: float32 [N, K]. Returns float32 [N, K]."""
+        out = torch.zeros_like(rows)
+        for part in self._parts(max(rows.shape)):
+            out.addmm_(rows @ part.T, part)
+        return out
+
+    @property
+    def diagonal(self) -> Tensor:
+        """float32 [K], of X^T X."""
+        return torch.linalg.vector_norm(self.sample, dim=0, dtype=torch.float32).square_()
+
+    @property
+    def blocks(self) -> Tensor:
+        """float32 [K/4, 4, 4], of X^T X along its diagonal."""
+        channels = self.sample.shape[1]
+        out = torch.zeros(channels // 4, 4, 4, device=self.sample.device)
+        for part in self._parts(channels):
+            groups = part.view(-1, channels // 4, 4).transpose(0, 1)
+            out.baddbmm_(groups.mT, groups)
+        return out
+
+    def _parts(self, width: int) -> Iterator[Tensor]:
+        for part in self.sample.split(max(1, self.max_bytes // (4 * width))):
+            yield part.float()
+
+
+def reconstruct(
+    weight: Tensor,
+    mask: Tensor,
+    gram: Gram,
+    steps: int = 20,
+    damping: float = 1e-2,
+    diagonal: Tensor | None = None,
+    drift: Tensor | None = None,
+) -> Tensor:
+    """The kept weights that best make up for the pruned ones: float32 [N, K], zero where pruned.
+
+    Minimises (w' - w) (G + damping * mean(diag G) * I) (w' - w)^T over the kept weights of every row: conjugate
+    gradients with the diagonal as preconditioner (Saad, Iterative Methods for Sparse Linear Systems, algorithm 9.1)
+    from the masked weight, at most `steps` of them, steps + 2 products with G in all. The undamped loss of a row,
+    as `reconstruction_loss` gives it, is never above that of its masked weight. The rows do not know of each other:
+    a weight may come in parts. Kept weights of dead channels (zero diagonal) stay as they are, and so do all-zero
+    rows; a row times a power of two gives the same bits times it, G times one the same bits.
+
+    weight: [N, K], any float dtype; computed in float32. mask: bool [N, K], True = kept, in any pattern. gram: X^T X
+    [K, K], or a function V -> V X^T X; with a function, diagonal float32 [K] is that of X^T X. drift: W (D - X)^T X
+    float32 [N, K], where the outputs to aim at are those of other inputs D than X, say of the layers before as they
+    were: then ||D W^T - X W'^T||^2 is what is minimised and what does not rise.
+
+    Raises ValueError: shapes or dtypes that do not fit, a function without its diagonal, weights or a diagonal that
+    are not finite, a negative diagonal or damping.
+    """
+    problem = _problem(weight, mask, gram, damping, diagonal, drift)
+    return (_fit(problem, problem.unit, ~mask, steps).new * problem.back).float()
+
+
+def refine(
+    weight: Tensor,
+    mask: Tensor,
+    gram: Gram,
+    rounds: int = 3,
+    steps: int = 5,
+    damping: float = 1e-2,
+    blocks: Tensor | None = None,
+    drift: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`reconstruct`, then `rounds` times `rechoose` and `reconstruct` from there: the new weight and its mask.
+
+    A row takes a new mask only where that lowers its loss, so that no row ends above what `reconstruct` gives for
+    `mask`. (rounds + 1) * (steps + 2) products with G in all. The arguments and errors are theirs; mask keeps two of
+    every four, and with a function blocks are needed. Returns float32 [N, K] and bool [N, K].
+    """
+    blocks = _blocks(gram, blocks, weight.shape[-1])
+    problem = _problem(weight, mask, gram, damping, _block_diagonal(blocks), drift)
+    blocks = blocks / problem.size
+    fit = _fit(problem, problem.unit, ~mask, steps)
+    for _ in range(rounds):
+        chosen = _best_pairs(fit, blocks)
+        other = _fit(problem, fit.new, ~chosen, steps)
+        better = other.loss < fit.loss
+        fit = _Fit(*(torch.where(better, new, old) for new, old in zip(other, fit, strict=True)))
+        mask = torch.where(better, chosen, mask)
+    return (fit.new * problem.back).float(), mask
+
+
+def reconstruction_loss(weight: Tensor, new: Tensor, gram: Gram) -> Tensor:
+    """e G e^T of every row, e = new - weight: the squared error of its output over the calibration rows, float64 [N].
+
+    weight, new: [N, K], any float dtype. gram: as in `reconstruct`. The product is float32, at the scale of the
+    weight's row, and its sum float64; what rounding leaves below zero counts as zero.
+
+    Raises ValueError: shapes that do not fit, weights or a diagonal that are not finite, a negative diagonal.
+    """
+    _check(weight, new)
+    product, size = _unit_product(gram, _diagonal(gram, None, weight.shape[1]) if isinstance(gram, Tensor) else None)
+    unit, back = _unit_rows(weight)
+    error = (new.detach() / back).float().sub_(unit)
+    return (_dot(error, product(error), torch.float64) * back.square() * size).clamp_min_(0).squeeze(1)
+
+
+def rechoose(
+    weight: Tensor, new: Tensor, gram: Gram, blocks: Tensor | None = None, drift: Tensor | None = None
+) -> Tensor:
+    """The two of every four neighbours that are worth most beside the rest of new: bool [N, K], two True in each four.
+
+    With the other groups as they are in new, the loss of a group's weights t [4] is a constant - 2 t h^T + t B t^T,
+    where B [4, 4] is the group's block of G and h = w' B - (w' - w) G (+ drift), both over the group. Of a pair p
+    alone, the best t takes h_p B_p^-1 h_p^T off it. The pair that takes most stays, of equals the one with the lower
+    indices. That is exact for one group; as all groups move at once, the loss after another `reconstruct` falls for
+    most rows and not for every one: see `refine`.
+
+    weight, new: [N, K], any float dtype, K a multiple of 4. gram: as in `reconstruct`; with a function, blocks
+    float32 [K/4, 4, 4] are those of X^T X along its diagonal (`MatrixFree.blocks`).
+
+    Raises ValueError: as `reconstruct`, and a K that is not a multiple of 4.
+    """
+    _check(weight, new)
+    channels = weight.shape[1]
+    blocks = _blocks(gram, blocks, channels)
+    product, size = _unit_product(gram, _diagonal(gram, _block_diagonal(blocks), channels))
+    unit, back = _unit_rows(weight)
+    now = (new.detach() / back).float()
+    slope = product(now - unit).sub_(_unit_drift(drift, back, size))
+    return _best_pairs(_Fit(now, slope, back), blocks / size)
+
+
+class _Problem(NamedTuple):
+    """At unit scale: unit [N, K] the weight, the product with G and its diagonal; back [N, 1] and size undo it."""
+
+    unit: Tensor
+    product: Product
+    diagonal: Tensor
+    shift: float
+    drift: Tensor
+    back: Tensor
+    size: float
+
+
+class _Fit(NamedTuple):
+    """At unit scale: new [N, K], half the loss's slope there [N, K], and the loss, float64 [N, 1].
+
+    With e = new - unit: e G - drift, and e G e - 2 e drift, which without drift is the output error and otherwise off
+    by a constant.
+    """
+
+    new: Tensor
+    slope: Tensor
+    loss: Tensor
+
+
+def _problem(
+    weight: Tensor, mask: Tensor, gram: Gram, damping: float, diagonal: Tensor | None, drift: Tensor | None
+) -> _Problem:
+    _check(weight, mask)
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask must be bool, got {mask.dtype}")
+    if not 0 <= damping < math.inf:
+        raise ValueError(f"damping must be finite and not negative, got {damping}")
+    diagonal = _diagonal(gram, diagonal, weight.shape[1])
+    product, size = _unit_product(gram, diagonal)
+    diagonal = diagonal / size
+    unit, back = _unit_rows(weight)
+    if drift is not None:
+        _check(weight, drift)
+    drift = _unit_drift(drift, back, size)
+    return _Problem(unit, product, diagonal, damping * float(diagonal.mean()), drift, back, size)
+
+
+def _fit(problem: _Problem, start: Tensor, pruned: Tensor, steps: int) -> _Fit:
+    begin = _measured(problem, start.masked_fill(pruned, 0))
+    rhs = begin.slope.add(begin.new - problem.unit, alpha=problem.shift).neg_().masked_fill_(pruned, 0)
+    end = _measured(problem, begin.new + _solve(problem, rhs, pruned, steps))
+    # From the weight itself no iterate is above the start: the damped loss falls with every step and is the undamped
+    # one plus what was moved. So the last is kept, and this is for rounding; from elsewhere damping may want more.
+    better = end.loss <= begin.loss
+    return _Fit(*(torch.where(better, new, old) for new, old in zip(end, begin, strict=True)))
+
+
+def _measured(problem: _Problem, new: Tensor) -> _Fit:
+    error = new - problem.unit
+    slope = problem.product(error).sub_(problem.drift)
+    return _Fit(new, slope, _dot(error, slope - problem.drift, torch.float64))
+
+
+def _solve(problem: _Problem, rhs: Tensor, pruned: Tensor, steps: int) -> Tensor:
+    """x [N, K], zero where pruned, with x (G + shift I) = rhs elsewhere; uses rhs up. A row that stalls stays put."""
+    scale = problem.diagonal + problem.shift
+    inverse = torch.where(scale > 0, 1 / scale, 0)
+    x, residual = torch.zeros_like(rhs), rhs
+    direction = residual * inverse
+    size = _dot(residual, direction)
+    enough = size * CONVERGED
+    for _ in range(steps):
+        curved = problem.product(direction).add_(direction, alpha=problem.shift).masked_fill_(pruned, 0)
+        curvature = _dot(direction, curved)
+        # Next to the diagonal's share a curvature this small is rounding, and the step would be enormous.
+        going = (size > enough) & (curvature > EPS * _dot(direction * scale, direction))
+        if not bool(going.any()):
+            break
+        step = torch.where(going, size / curvature, 0)
+        x.addcmul_(direction, step)
+        residual.addcmul_(curved, step, value=-1)
+        preconditioned = residual * inverse
+        old, size = size, _dot(residual, preconditioned)
+        # A row without direction has no curvature: it does not start again.
+        direction = direction.mul_(size / old).add_(preconditioned).masked_fill_(~going, 0)
+    return x
+
+
+def _best_pairs(fit: _Fit, blocks: Tensor) -> Tensor:
+    pull = torch.einsum("ngi,gij->ngj", _groups(fit.new), blocks).sub_(_groups(fit.slope))
+    gain = _pair_gain(pull, blocks, *PAIRS[0])
+    choice = torch.zeros_like(gain, dtype=torch.uint8)
+    for index, pair in enumerate(PAIRS[1:], start=1):
+        other = _pair_gain(pull, blocks, *pair)
+        choice.masked_fill_(other > gain, index)
+        gain = torch.maximum(gain, other)
+    patterns = torch.tensor([[i in pair for i in range(4)] for pair in PAIRS], device=pull.device)
+    return patterns[choice.int()].reshape(fit.new.shape)
+
+
+def _pair_gain(pull: Tensor, blocks: Tensor, i: int, j: int) -> Tensor:
+    """h_p B_p^-1 h_p^T of the pair (i, j) of every group by elimination: [N, K/4]. Duplicate channels count once."""
+    a, b, c = blocks[:, i, i], blocks[:, i, j], blocks[:, j, j]
+    ratio = torch.where(a > 0, b / a, 0)
+    rest = c - ratio * b
+    first = torch.where(a > 0, pull[..., i].square() / a, 0)
+    second = torch.where(rest > SINGULAR * c, (pull[..., j] - pull[..., i] * ratio).square_() / rest, 0)
+    return first + second
+
+
+def _unit_product(gram: Gram, diagonal: Tensor | None) -> tuple[Product, float]:
+    """The product with G / size; size is the power of two that brings the diagonal's largest to [0.5, 1)."""
+    # The clamp keeps it and its inverse within float32.
+    exponent = 0 if diagonal is None else math.frexp(float(diagonal.amax()))[1]
+    size = 2.0 ** max(-126, min(126, exponent))
+    if isinstance(gram, Tensor):
+        matrix = gram.detach().float()
+        return lambda rows: (rows @ matrix).div_(size), size
+    return lambda rows: gram(rows) / size, size
+
+
+def _unit_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`unit_scaled` rows float32 [N, K], and the powers of two float64 [N, 1] that lead back."""
+    weight = weight.detach().float()
+    unit = unit_scaled(weight)
+    peak, unit_peak = (rows.abs().amax(1, keepdim=True).double() for rows in (weight, unit))
+    return unit, torch.where(peak > 0, peak / unit_peak, 1.0)
+
+
+def _unit_drift(drift: Tensor | None, back: Tensor, size: float) -> Tensor:
+    return torch.zeros((), device=back.device) if drift is None else (drift.detach() / (back * size)).float()
+
+
+def _diagonal(gram: Gram, diagonal: Tensor | None, channels: int) -> Tensor:
+    if isinstance(gram, Tensor):
+        if gram.shape != (channels, channels):
+            raise ValueError(f"gram must be [{channels}, {channels}], got {list(gram.shape)}")
+        diagonal = gram.diagonal()
+    elif diagonal is None or diagonal.shape != (channels,):
+        shape = None if diagonal is None else list(diagonal.shape)
+        raise ValueError(f"a gram that is a function needs its diagonal [{channels}], got {shape}")
+    diagonal = diagonal.detach().float()
+    if not bool(((diagonal >= 0) & (diagonal < math.inf)).all()):
+        raise ValueError("the diagonal of X^T X must be finite and not negative")
+    return diagonal
+
+
+def _blocks(gram: Gram, blocks: Tensor | None, channels: int) -> Tensor:
+    if channels % 4:
+        raise ValueError(f"2:4 needs a multiple of 4 columns, got {channels}")
+    if isinstance(gram, Tensor):
+        _diagonal(gram, None, channels)
+        return gram.detach().float().view(channels // 4, 4, channels // 4, 4).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    if blocks is None or blocks.shape != (channels // 4, 4, 4):
+        shape = None if blocks is None else list(blocks.shape)
+        raise ValueError(f"a gram that is a function needs its blocks [{channels // 4}, 4, 4], got {shape}")
+    return blocks.detach().float()
+
+
+def _block_diagonal(blocks: Tensor) -> Tensor:
+    return blocks.diagonal(dim1=1, dim2=2).flatten()
+
+
+def _check(weight: Tensor, other: Tensor) -> None:
+    if weight.dim() != 2 or weight.numel() == 0 or not weight.is_floating_point():
+        raise ValueError(f"weight must be floating point [N, K], got {weight.dtype} {list(weight.shape)}")
+    if other.shape != weight.shape:
+        raise ValueError(f"mask, new and drift must be {list(weight.shape)} like the weight, got {list(other.shape)}")
+
+
+def _dot(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    return (a * b).sum(1, keepdim=True, dtype=dtype)
+
+
+def _groups(x: Tensor) -> Tensor:
+    return x.view(x.shape[0], -1, 4)

@@ -1,0 +1,83 @@
+"""What Dynamo saw: the fake value that a node of its graphs carries in `meta["example_value"]`."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses import FakeTensor
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+
+
+def value_of(node: fx.Node) -> Any:
+    """A fake tensor, a number, a tuple of these, ... or None."""
+    return node.meta.get("example_value")
+
+
+def memory_of(node: fx.Node) -> int | None:
+    """Identity of the memory behind a node's tensor, which its views share."""
+    return memory(value_of(node))
+
+
+def memory(value: object) -> int | None:
+    plain = isinstance(value, torch.Tensor) and value.layout is torch.strided and not is_transformed(value)
+    return value.untyped_storage()._cdata if plain else None  # type: ignore[attr-defined]
+
+
+def is_transformed(value: torch.Tensor) -> bool:
+    """Whether it stands for more than it shows, inside `vmap`, `grad` and their like."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(value)
+
+
+def give_value(node: fx.Node) -> fx.Node:
+    """Run a new node on the values of its arguments (inside `as_traced`), so that later passes know it like others."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
+    if node.op == "call_method":
+        node.meta["example_value"] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    elif callable(node.target):
+        node.meta["example_value"] = node.target(*args, **kwargs)
+    return node
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """What a node gives, one by one: the parts of a tuple or list, or the value itself; nothing for None."""
+    if isinstance(value, (tuple, list)):
+        for part in value:
+            yield from leaves(part)
+    elif value is not None:
+        yield value
+
+
+def op_name(node: fx.Node) -> str:
+    """The short name of what a node does, the same for function, method and aten op; for an attribute, its name."""
+    if node.target is getattr:
+        return str(node.args[1])
+    target = getattr(node.target, "overloadpacket", node.target)
+    return target if isinstance(target, str) else getattr(target, "__name__", str(target))
+
+
+@contextmanager
+def as_traced(graph: fx.Graph) -> Iterator[Callable[[fx.Node], None]]:
+    """Run nodes as Dynamo did, on fake tensors. Call what is yielded with every node of the graph in turn: autocast
+    and grad mode are then as the graph sets them there."""
+    regions: dict[fx.Node, Any] = {}
+
+    def follow(node: fx.Node) -> None:
+        if node.target is torch._C._set_grad_enabled:
+            torch._C._set_grad_enabled(*node.args)
+        elif node.target is _enter_autocast:
+            regions[node] = _enter_autocast(*node.args)
+        elif node.target is _exit_autocast:
+            _exit_autocast(regions.pop(node.args[0]))
+
+    with ExitStack() as stack:
+        # Dynamo's own mode: torch knows another one by now, for the backend
+        fakes = (value for value in map(value_of, graph.nodes) if isinstance(value, FakeTensor))
+        stack.enter_context(next((fake.fake_mode for fake in fakes), nullcontext()))
+        # without it, composite ops in C++ take symbolic sizes for the numbers they stand for
+        stack.enter_context(enable_python_dispatcher())
+        stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))
+        stack.callback(lambda: [_exit_autocast(mode) for mode in reversed(regions.values())])
+        yield follow
