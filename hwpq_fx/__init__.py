@@ -3,7 +3,7 @@
 model = hwpq_fx.convert(torch.compile(model), calib)
 """
 
-# ruff: noqa: E402, I001  (torchao first, quietly)
+# ruff: noqa: E402  (torchao first, quietly)
 from ._torchao import import_torchao
 
 import_torchao()

@@ -13,7 +13,7 @@ TOKENS = 64
 
 
 def sentences(name: str) -> list[str]:
-    """"calibration" or "heldout": sentences written for this project, one a line."""
+    """ "calibration" or "heldout": sentences written for this project, one a line."""
     return files("hwpq_fx").joinpath("data", f"{name}.txt").read_text(encoding="utf-8").splitlines()
 
 

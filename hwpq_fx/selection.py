@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hwpq_fx.kernels import best_two
+
 from .ewma import DEV_RATE, MEAN_RATE, ewma
 
 __all__ = ["DEFAULT_LAMBDA", "DEFAULT_SELECTION", "SELECTIONS", "Selection", "select24", "select_ratio"]
@@ -34,7 +36,7 @@ class Selection(NamedTuple):
 def _exact(scores: Tensor, mean_rate: float, dev_rate: float, lam: float) -> Selection:
     """The best two of every four, by comparison alone; the rates and lam are not used."""
     groups = _groups(scores)
-    return Selection(_best_two(groups).view_as(scores), 0.0)
+    return Selection(best_two(groups).view_as(scores), 0.0)
 
 
 def _ewma(scores: Tensor, mean_rate: float, dev_rate: float, lam: float) -> Selection:
@@ -47,7 +49,7 @@ def _ewma(scores: Tensor, mean_rate: float, dev_rate: float, lam: float) -> Sele
     mean, dev = ewma(groups.mean(-1), mean_rate, dev_rate)
     mask = groups > (mean + lam * dev).unsqueeze(-1)
     unsettled = (_count(mask) != 2).flatten().nonzero().flatten()
-    compared = _best_two(groups.view(-1, 4).index_select(0, unsettled))
+    compared = best_two(groups.view(-1, 4).index_select(0, unsettled))
     mask.view(-1, 4).index_copy_(0, unsettled, compared)
     return Selection(mask.view_as(scores), 1 - len(unsettled) / mean.numel())
 
@@ -158,26 +160,6 @@ def _groups(x: Tensor) -> Tensor:
 
 def _count(flags: Tensor) -> Tensor:
     return flags.sum(-1, dtype=torch.uint8)
-
-
-def _best_two(groups: Tensor) -> Tensor:
-    """Mask of the two largest of the last dim (4); of equals the lower index wins. Six comparisons."""
-    a, b, c, d = groups.unbind(-1)
-    ab, ac, ad, bc, bd, cd = a >= b, a >= c, a >= d, b >= c, b >= d, c >= d
-    # Kept: lost to at most one of the other three, that is, won at least two of three.
-    return torch.stack(
-        [
-            _two_of(ab, ac, ad),
-            _two_of(~ab, bc, bd),
-            _two_of(~ac, ~bc, cd),
-            _two_of(~ad, ~bd, ~cd),
-        ],
-        dim=-1,
-    )
-
-
-def _two_of(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-    return (x & y) | (z & (x | y))
 
 
 def _critical_lambda(scores: Tensor, mean_rate: float, dev_rate: float) -> Tensor:

@@ -7,10 +7,12 @@ if __name__ == "hwpq_fx.kernels":
     from .pack24 import FORMAT_K, pack24, unpack24
     from .packed import Float8Sparse24Tensor
     from .quantize_rows import quantize_rows, quantize_weight_rows
+    from .select24 import best_two
 
 __all__ = [
     "FORMAT_K",
     "Float8Sparse24Tensor",
+    "best_two",
     "linear24",
     "pack24",
     "quantize_rows",

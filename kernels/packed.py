@@ -16,6 +16,7 @@ from torchao.utils import TorchAOBaseTensor
 from .linear24 import dense_layout, linear24
 from .pack24 import FORMAT_K, pack24, unpack24
 from .quantize_rows import E4M3, quantize_rows, quantize_weight_rows
+from .select24 import best_two
 
 aten = torch.ops.aten
 ACTIVATIONS = ("dynamic", "none")
@@ -85,7 +86,7 @@ class Float8Sparse24Tensor(TorchAOBaseTensor):
             raise ValueError(f"factor is {tuple(factor.shape)}, the weight has {rows} rows")
         if not bool(weight.isfinite().all()):
             raise ValueError("the weight holds NaN or Inf")
-        mask = largest_two(weight.abs()) if mask is None else mask
+        mask = best_two(weight.abs().unflatten(1, (-1, 4))).flatten(1) if mask is None else mask
         values, scale = quantize_weight_rows(weight.masked_fill(~mask, 0))
         qdata, sparse_metadata = pack24(values, mask)
         scale = scale if factor is None else scale * factor.detach().float().view(-1, 1)
@@ -170,18 +171,6 @@ def _source_hash() -> str:
 
 def _shows(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and dtype.itemsize >= 2
-
-
-def largest_two(scores: torch.Tensor) -> torch.Tensor:
-    """Bool mask [N, K] of the two largest of every four along K, the lower index on ties; no sort."""
-    group = scores.view(scores.shape[0], -1, 4)
-    rank = torch.zeros_like(group, dtype=torch.int8)
-    for i in range(4):
-        for j in range(4):
-            if i != j:
-                beats = group[..., j] >= group[..., i] if j < i else group[..., j] > group[..., i]
-                rank[..., i] += beats
-    return (rank < 2).view(scores.shape)
 
 
 def _rebuild(qdata, sparse_metadata, scale, activation, transposed, dtype, expanded, requires_grad, key=""):
