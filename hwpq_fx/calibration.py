@@ -24,9 +24,9 @@ T = TypeVar("T")
 class Calibration:
     """While it stands, every call of the model is observed. `remove()` ends it and restores the model."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, curvature_bytes: int = 0):
         self.model = model
-        self.recorder = CalibrationRecorder()
+        self.recorder = CalibrationRecorder(curvature_bytes)
         module = unwrap(model)
         self._signature = inspect.signature(module.forward)
         owners = {layer.owner: None for layer in layers_of(module) if layer.static_use}

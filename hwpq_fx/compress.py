@@ -12,9 +12,11 @@ from hwpq_fx.passes import Use
 
 from .compensation import compensate
 from .config import HWPQConfig
+from .curvature import combined
 from .errors import CalibrationError, ModelError
 from .float8 import dense_float8, mm_compatible
 from .layers import Layer
+from .reconstruction import Gram, MatrixFree, reconstruct, reconstruction_loss, refine
 from .report import LayerReport
 from .saliency import score
 from .selection import Selection, select24, select_ratio
@@ -37,6 +39,7 @@ class Span(NamedTuple):
     stop: int
     sum_sq: torch.Tensor | None
     rows: int
+    curvature: tuple[Gram, str] | None
 
 
 def cannot_compress(layer: Layer, uses: list[Use], config: HWPQConfig) -> str:
@@ -78,22 +81,21 @@ def compress(name: str, parameter: torch.Tensor, statistics: Statistics, config:
     weight = weight.t().contiguous() if transposed else weight
     spans = spans_of(name, weight, statistics)
 
-    masks, settled, factors = [], 0.0, []
+    fitted, settled = [], 0.0
     for span in spans:
         part = weight[span.start : span.stop]
         chosen = _select(part, span.sum_sq, config)
-        masks.append(chosen.mask)
         settled += chosen.settled * (span.stop - span.start) / weight.shape[0]
-        factors.append(compensate(part.float(), chosen.mask, span.sum_sq, config.compensation))
-    mask, factor = torch.cat(masks), torch.cat(factors)
+        fitted.append(_compensate(part, chosen.mask, span, config))
+    kept, mask, factor = (torch.cat(parts) for parts in zip(*fitted, strict=True))
 
     new: torch.Tensor
     if config.sparsity == "2:4":
-        packed = Float8Sparse24Tensor.from_hp(weight, mask, config.activation, factor)
+        packed = Float8Sparse24Tensor.from_hp(kept, mask, config.activation, factor)
         status, size, restored = "sparse24_fp8", packed.packed_nbytes(), packed.dequantize(torch.float32)
         new = packed.t() if transposed else packed
     else:
-        dense = dense_float8(weight.masked_fill(~mask, 0) * factor[:, None].to(weight.dtype), config.activation)
+        dense = dense_float8(kept.masked_fill(~mask, 0) * factor[:, None].to(kept.dtype), config.activation)
         status, size, restored = "fp8", dense.qdata.nbytes + dense.scale.nbytes, dense.dequantize().float()
         new = dense
     line = LayerReport(
@@ -103,6 +105,7 @@ def compress(name: str, parameter: torch.Tensor, statistics: Statistics, config:
         rows=max(span.rows for span in spans),
         pruned=1 - mask.float().mean().item(),
         settled=settled,
+        compensation=" and ".join(sorted({_compensation_of(span, config) for span in spans})),
         error=_relative_error(weight.float(), restored, spans),
         dense_bytes=parameter.nbytes,
         packed_bytes=size,
@@ -126,7 +129,8 @@ def spans_of(name: str, weight: torch.Tensor, statistics: Statistics) -> list[Sp
             )
         # an input that was always zero tells nothing of its channels
         known = sum_sq is not None and bool(sum_sq.any())
-        spans.append(Span(start, stop, sum_sq if known else None, sum(one.rows for one in seen)))
+        curvature = combined([one.curvature for one in seen], weight.device) if known else None
+        spans.append(Span(start, stop, sum_sq if known else None, sum(one.rows for one in seen), curvature))
     return spans
 
 
@@ -137,10 +141,40 @@ def _select(weight: torch.Tensor, sum_sq: torch.Tensor | None, config: HWPQConfi
     return select_ratio(scores, config.sparsity, config.mean_rate, config.dev_rate, config.lam)
 
 
+def _compensation_of(span: Span, config: HWPQConfig) -> str:
+    if config.compensation != "cg":
+        return config.compensation
+    return span.curvature[1] if span.curvature else "energy"
+
+
+def _compensate(
+    weight: torch.Tensor, mask: torch.Tensor, span: Span, config: HWPQConfig
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The weight to store, the mask it ends with, and a factor per row."""
+    if span.curvature is None or config.compensation != "cg":
+        name = "energy" if config.compensation == "cg" else config.compensation
+        return weight, mask, compensate(weight.float(), mask, span.sum_sq, name)
+    gram, _ = span.curvature
+    # a sample says less than all rows do: hold on to the original weight more
+    damping = 0.1 if isinstance(gram, MatrixFree) else 0.01
+    if config.sparsity == "2:4":
+        blocks = gram.blocks if isinstance(gram, MatrixFree) else None
+        new, mask = refine(weight.float(), mask, gram, config.cg_rounds, config.cg_steps, damping, blocks)
+    else:
+        diagonal = gram.diagonal if isinstance(gram, MatrixFree) else None
+        new = reconstruct(weight.float(), mask, gram, config.cg_steps * (config.cg_rounds + 1), damping, diagonal)
+    return new.to(weight.dtype), mask, torch.ones(weight.shape[0], device=weight.device)
+
+
 def _relative_error(weight: torch.Tensor, restored: torch.Tensor, spans: list[Span]) -> float:
     lost = kept = 0.0
     for span in spans:
         rows = slice(span.start, span.stop)
+        if span.curvature is not None:
+            gram = span.curvature[0]
+            lost += reconstruction_loss(weight[rows], restored[rows], gram).sum().item()
+            kept += reconstruction_loss(weight[rows], torch.zeros_like(weight[rows]), gram).sum().item()
+            continue
         sum_sq = torch.ones(weight.shape[1], device=weight.device) if span.sum_sq is None else span.sum_sq
         channel = (sum_sq / sum_sq.max().clamp(min=torch.finfo(torch.float32).tiny)).double()
         lost += ((weight[rows] - restored[rows]).double().square() @ channel).sum().item()

@@ -52,8 +52,19 @@ class HWPQConfig(AOBaseConfig):
     """Threshold = moving mean + lam * moving deviation. With a `sparsity` ratio it is where the search starts."""
 
     compensation: str = "energy"
-    """What is done for what pruning took: "energy" rescales each row to keep the energy of its output (sums of
-    squares only), "none" nothing."""
+    """What is done for what pruning took: "cg" fits the kept weights to the calibration inputs by conjugate gradients
+    and chooses the masks again in between; "energy" rescales each row to keep the energy of its output, from sums of
+    squares alone; "none" nothing. Without calibration "cg" is "energy"."""
+
+    cg_steps: int = 5
+    """Steps of each round of "cg"."""
+
+    cg_rounds: int = 3
+    """How often "cg" chooses the masks again."""
+
+    curvature_bytes: int = 4 * 2**30
+    """Memory that "cg" may take during calibration, for X^T X of every input (4 K^2 bytes each). Inputs for which
+    there is no more room keep a sample of rows, and after that only sums of squares; the report says which."""
 
     activation: str = "dynamic"
     """"dynamic": the inputs of converted layers become FP8 too, one scale per row, on the fly, as sparse tensor
@@ -77,8 +88,12 @@ class HWPQConfig(AOBaseConfig):
             raise ConfigError(f'sparsity {self.sparsity!r} is neither "2:4" nor a number in (0, 1)')
         _one_of("saliency", self.saliency, SALIENCIES)
         _one_of("selection", self.selection, SELECTIONS)
-        _one_of("compensation", self.compensation, COMPENSATIONS)
+        _one_of("compensation", self.compensation, (*COMPENSATIONS, "cg"))
         _one_of("activation", self.activation, ACTIVATIONS)
+        for name, least in (("cg_steps", 1), ("cg_rounds", 0), ("curvature_bytes", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(f"{name} {value!r} is not a whole number of at least {least}")
         for name in ("mean_rate", "dev_rate"):
             if not _in_open_unit(getattr(self, name)):
                 raise ConfigError(f"{name} {getattr(self, name)!r} is not a number in (0, 1)")

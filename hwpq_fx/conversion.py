@@ -48,7 +48,7 @@ def prepare(model: M, config: HWPQConfig | None = None) -> M:
     config = _checked(module, config)
     if PREPARED in module.__dict__:
         raise ModelError("the model is prepared already: run batches through it, then call convert(model)")
-    module.__dict__[PREPARED] = _Prepared(config, Calibration(model))
+    module.__dict__[PREPARED] = _Prepared(config, _calibration(model, config))
     return model
 
 
@@ -76,7 +76,7 @@ def convert(
     try:
         if prepared is None:
             config = _checked(module, config)
-            prepared = _Prepared(config, None if calib is None else Calibration(model))
+            prepared = _Prepared(config, None if calib is None else _calibration(model, config))
         elif config is not None:
             raise ModelError("a prepared model has its config already: give it to prepare(), not to convert()")
         else:
@@ -101,6 +101,10 @@ def convert(
             raise
     attach_report(module, report)
     return model
+
+
+def _calibration(model: nn.Module, config: HWPQConfig) -> Calibration:
+    return Calibration(model, config.curvature_bytes if config.compensation == "cg" else 0)
 
 
 def _module_of(model: Any) -> nn.Module:

@@ -98,8 +98,10 @@ def sizes(model: nn.Module) -> Sizes:
         disk = os.path.getsize(path)
     memory = 0
     for tensor in (*model.parameters(), *model.buffers()):
-        packed = isinstance(tensor, Float8Sparse24Tensor)
-        memory += tensor.packed_nbytes() + tensor.layout_nbytes() if packed else tensor.nbytes
+        if isinstance(tensor, Float8Sparse24Tensor):
+            memory += tensor.packed_nbytes() + tensor.layout_nbytes()
+        else:
+            memory += tensor.nbytes
     return Sizes(disk, memory)
 
 

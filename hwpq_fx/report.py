@@ -32,8 +32,11 @@ class LayerReport:
     settled: float = 0.0
     """Share of groups of four (unstructured: of weights) that the EWMA threshold settled."""
     error: float = 0.0
-    """Relative output error ||X(W - W')|| / ||XW||, were the input channels uncorrelated: from W, W' and the sums
-    of squares, FP8 rounding of W included, of activations not."""
+    """Relative output error ||X(W - W')|| / ||XW|| on the calibration inputs, FP8 rounding of W included, of
+    activations not. With "cg" from X^T X or the sampled rows, else from the sums of squares alone: what it would be
+    were the input channels uncorrelated. Do not compare the one with the other."""
+    compensation: str = ""
+    """What was done for the pruned weights: "none", "energy", "cg, X^T X" or "cg, 4096 rows"."""
     dense_bytes: int = 0
     packed_bytes: int = 0
     """What is saved: values, indices, scales."""

@@ -6,20 +6,23 @@ import torch
 
 from hwpq_fx.passes import Use
 
+from .curvature import Curvature, CurvatureBudget
+
 
 class InputStatistics:
-    """Sum of squares per channel and the number of rows of one observed input.
+    """Sum of squares per channel and the number of rows of one observed input; its curvature where one was granted.
 
     Each call adds a float32 sum; between calls the total is kept in float64, so that it does not matter how rows
     were cut into batches.
     """
 
-    def __init__(self, channels: int, device: torch.device):
+    def __init__(self, channels: int, device: torch.device, curvature: Curvature | None = None):
         # normal tensors, which updates inside and outside of inference mode may change
         with torch.inference_mode(False):
             self.total = torch.zeros(channels, dtype=torch.float64, device=device)
             self.bad_call = torch.full((), -1, device=device)
         self.rows = 0
+        self.curvature = curvature
 
     @property
     def sum_sq(self) -> torch.Tensor:
@@ -40,12 +43,16 @@ class InputStatistics:
         # noted on the device: asking would wait for it
         self.bad_call.copy_(torch.where(norm.isfinite().all(), self.bad_call, call))
         self.rows += rows.shape[0]
+        if self.curvature is not None:
+            self.curvature.update(rows)
 
 
 class CalibrationRecorder:
-    """Receives what the observer nodes see (`passes.Recorder`), by parameter."""
+    """Receives what the observer nodes see (`passes.Recorder`), by parameter. Up to `curvature_bytes` go into what
+    conjugate gradients need besides."""
 
-    def __init__(self) -> None:
+    def __init__(self, curvature_bytes: int = 0) -> None:
+        self._budget = CurvatureBudget(curvature_bytes)
         self.calls = 0
         self.uses: dict[int, dict[Use, list[InputStatistics]]] = {}
         self.blocked: dict[int, str] = {}
@@ -67,7 +74,9 @@ class CalibrationRecorder:
         key = tuple((id(weight), use) for weight, use in zip(weights, uses, strict=True))
         statistics = self._inputs.get(key)
         if statistics is None:
-            statistics = self._inputs[key] = InputStatistics(x.shape[-1], x.device)
+            with torch.inference_mode(False):
+                curvature = self._budget.grant(x.shape[-1], x.device)
+            statistics = self._inputs[key] = InputStatistics(x.shape[-1], x.device, curvature)
             for weight, use in zip(weights, uses, strict=True):
                 self.uses.setdefault(id(weight), {}).setdefault(use, []).append(statistics)
         statistics.update(x, self._rows_to_keep(x), self.calls - 1)

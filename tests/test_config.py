@@ -18,6 +18,9 @@ OTHER = {
     "dev_rate": 0.5,
     "lam": -1,
     "compensation": "none",
+    "cg_steps": 20,
+    "cg_rounds": 0,
+    "curvature_bytes": 0,
     "activation": "none",
 }
 
@@ -35,6 +38,9 @@ def test_defaults():
         "dev_rate": 1 / 4,
         "lam": -0.5,
         "compensation": "energy",
+        "cg_steps": 5,
+        "cg_rounds": 3,
+        "curvature_bytes": 4 * 2**30,
         "activation": "dynamic",
     }
     config.ignore.append("head")
@@ -83,8 +89,14 @@ def test_fields_reach_json_one_by_one(name):
         ("saliency", ["magnitude"], "saliency"),
         ("selection", "sort", "selection 'sort' is not known; choose one of 'ewma'"),
         ("selection", None, "selection None"),
-        ("compensation", "cg", "compensation 'cg' is not known; choose one of 'energy', 'none'"),
+        ("compensation", "admm", "compensation 'admm' is not known; choose one of 'energy', 'none', 'cg'"),
         ("compensation", None, "compensation None"),
+        ("cg_steps", 0, "cg_steps 0 is not a whole number of at least 1"),
+        ("cg_steps", 2.5, "cg_steps 2.5 is not a whole number"),
+        ("cg_rounds", -1, "cg_rounds -1 is not a whole number of at least 0"),
+        ("cg_rounds", True, "cg_rounds True"),
+        ("curvature_bytes", -1, "curvature_bytes -1"),
+        ("curvature_bytes", "4 GB", "curvature_bytes '4 GB'"),
         ("activation", "static", "activation 'static' is not known; choose one of 'dynamic', 'none'"),
         ("activation", None, "activation None"),
         ("mean_rate", 0, r"mean_rate 0 is not a number in \(0, 1\)"),

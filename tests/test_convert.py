@@ -37,7 +37,7 @@ def shallow(model):
     inner = getattr(model, "model", None) or model.transformer
     name = "layers" if hasattr(inner, "layers") else "h"
     setattr(inner, name, getattr(inner, name)[:1])
-    return model
+    return model.eval()
 
 
 def packed(model):

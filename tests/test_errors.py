@@ -454,7 +454,7 @@ def test_bad_weights_of_a_parameter_used_as_it_is():
 
 def test_a_real_model_after_a_refused_batch():
     model, good = gpt2(), tokens()
-    model.transformer.h = model.transformer.h[:1]
+    model.transformer.h = model.transformer.h[:1].eval()
     bad = {"input_ids": torch.full((1, 4), 10**6)}
     with refused(model, CalibrationError, "the model refused calibration batch 1: IndexError", batch=good):
         convert(model, [good, bad])

@@ -92,7 +92,7 @@ def test_every_name_of_a_tied_parameter_counts():
     def tied():
         model = qwen3()
         model.model.layers = model.model.layers[:1]
-        return model
+        return model.eval()
 
     model = convert(tied(), [tokens()])
     assert {line.name: line.reason for line in report(model).layers}["model.embed_tokens"] == "ignored"  # as lm_head
