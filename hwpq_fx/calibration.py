@@ -24,7 +24,7 @@ T = TypeVar("T")
 class Calibration:
     """While it stands, every call of the model is observed. `remove()` ends it and restores the model."""
 
-    def __init__(self, model: nn.Module, curvature_bytes: int = 0):
+    def __init__(self, model: Any, curvature_bytes: int = 0):
         self.model = model
         self.recorder = CalibrationRecorder(curvature_bytes)
         module = unwrap(model)

@@ -21,7 +21,7 @@ from .layers import Layer, check_convertible, layers_of, put
 from .report import LayerReport, Report, attach_report
 from .targets import check_all_match, matches
 
-M = TypeVar("M", bound=nn.Module)
+M = TypeVar("M")  # nn.Module, or the wrapper that torch.compile returns: for type checkers just a callable
 PREPARED = "_hwpq_prepared"
 
 
@@ -103,7 +103,7 @@ def convert(
     return model
 
 
-def _calibration(model: nn.Module, config: HWPQConfig) -> Calibration:
+def _calibration(model: Any, config: HWPQConfig) -> Calibration:
     return Calibration(model, config.curvature_bytes if config.compensation == "cg" else 0)
 
 

@@ -1,11 +1,12 @@
 """`explain`: the graphs of a model before and after our passes, to read."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from hwpq_fx.passes import PASSES
 from hwpq_fx.passes.dynamo import Observation
@@ -64,7 +65,7 @@ def _name(target: Any) -> str:
     return target if isinstance(target, str) else getattr(target, "__name__", str(target))
 
 
-def explain(model: nn.Module, example: Any) -> Explanation:
+def explain(model: Callable[..., Any], example: Any) -> Explanation:
     """Trace one call of `model` and show what our passes make of its graphs.
 
     example: a batch as for `convert`: a tensor, a tuple of arguments or a mapping. Runs the model once, eagerly, and

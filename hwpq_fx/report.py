@@ -1,5 +1,6 @@
 """What a conversion did, layer by layer."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from io import StringIO
 from typing import Any
@@ -111,7 +112,7 @@ class Report:
         return text.getvalue()
 
 
-def report(model: nn.Module) -> Report:
+def report(model: Callable[..., Any]) -> Report:
     """The report of the conversion that made `model`, compiled or not. Raises ValueError where there was none."""
     found = unwrap(model).__dict__.get(ATTRIBUTE)
     if found is None:
