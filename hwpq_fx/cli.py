@@ -18,16 +18,24 @@ def main() -> None:
 
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
-def demo(as_json: bool) -> None:
+@click.option(
+    "--compensation",
+    type=click.Choice(["none", "energy", "cg"]),
+    default="energy",
+    show_default=True,
+    help="What is done for what pruning took.",
+)
+def demo(as_json: bool, compensation: str) -> None:
     """Convert all-MiniLM-L6-v2 on this machine and compare it with the dense model.
 
     Needs no GPU and no download beyond the demo extra. Exits with 1 where the agreement is under the floor, with 2
     where the demo extra is missing.
     """
+    from .config import HWPQConfig
     from .demo import run_demo, show
 
     try:
-        result = run_demo(progress=not as_json)
+        result = run_demo(HWPQConfig(compensation=compensation), progress=not as_json)
     except ModuleNotFoundError as error:
         raise click.UsageError(str(error)) from error
     if as_json:

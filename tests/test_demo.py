@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from hwpq_fx import HWPQConfig
 from hwpq_fx.cli import main
-from hwpq_fx.demo import FLOOR, run_demo
+from hwpq_fx.demo import FLOORS, run_demo
 from hwpq_fx.minilm import MiniLM, embed, sentences
 
 
@@ -19,7 +19,7 @@ def result():
 
 def test_agreement_and_sizes(result):
     assert result.passed
-    assert FLOOR <= result.agreement_mean < 0.999, "2:4 must cost something: was anything converted?"
+    assert FLOORS["energy"] <= result.agreement_mean < 0.999, "2:4 must cost something: was anything converted?"
     assert result.sentences == len(sentences("heldout"))
     assert len(result.report.converted) == 37
     # 5 bits and a scale per row instead of 32 bits
@@ -35,12 +35,18 @@ def test_floor_fails_a_broken_conversion(monkeypatch):
     # the paper's one-pass masks ruin this model: the floor has to notice
     broken = run_demo(HWPQConfig(selection="ewma_streaming"), progress=False)
     assert not broken.passed
-    monkeypatch.setattr("hwpq_fx.demo.run_demo", lambda **_: broken)
+    monkeypatch.setattr("hwpq_fx.demo.run_demo", lambda *_, **__: broken)
     assert CliRunner().invoke(main, ["demo"]).exit_code == 1
 
 
+def test_cg_gets_much_of_it_back(result):
+    fitted = run_demo(HWPQConfig(compensation="cg"), progress=False)
+    assert fitted.passed and fitted.floor == FLOORS["cg"] > result.agreement_mean
+    assert {line.compensation for line in fitted.report.layers} == {"cg, X^T X"}
+
+
 def test_command_prints_table_and_json(monkeypatch, result):
-    monkeypatch.setattr("hwpq_fx.demo.run_demo", lambda **_: result)
+    monkeypatch.setattr("hwpq_fx.demo.run_demo", lambda *_, **__: result)
     shown = CliRunner().invoke(main, ["demo"], env={"COLUMNS": "100"})
     assert shown.exit_code == 0, shown.output
     for part in (
