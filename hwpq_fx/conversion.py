@@ -17,7 +17,7 @@ from .calibration import Calibration, tracked
 from .compress import Compressed, Statistics, cannot_compress, check_weight, compress, shape_of
 from .config import DEFAULT_IGNORE, HWPQConfig
 from .errors import CalibrationError, ModelError
-from .layers import Layer, check_convertible, layers_of, put
+from .layers import Layer, check_convertible, layers_of, put, stacked_of
 from .report import LayerReport, Report, attach_report
 from .targets import check_all_match, matches
 
@@ -156,6 +156,9 @@ def _compress_all(
             compressed = compress(layer.name, layer.parameter, statistics, prepared.config)
             chosen.append((layer, compressed))
             report.layers.append(compressed.line)
+    for name, parameter in stacked_of(module):
+        reason = "3-D, a matrix per expert: only 2-D weights are converted"
+        report.layers.append(LayerReport(name, tuple(parameter.shape), "dense", reason, dense_bytes=parameter.nbytes))
     if not chosen:
         why = "; ".join(f"{line.name}: {line.reason}" for line in report.layers[:5])
         raise ModelError(f"nothing is left to convert ({why or 'no product with a parameter was found'})")
@@ -178,12 +181,12 @@ def _plan(layer: Layer, prepared: _Prepared) -> tuple[Statistics, str]:
     if not statistics and not static:
         named = config.targets is not None and _any_match(layer, config.targets)
         return {}, "no product with it was seen" if named else ""
-    if layer.tied:
-        reason = f"shared with {', '.join(layer.tied)}"
     if config.targets is not None and not _any_match(layer, config.targets):
         reason = "not in targets"
     if _any_match(layer, config.ignore):
         reason = "ignored"
+    if layer.tied:  # said even of what is ignored as well: taking it off that list would not help
+        reason = f"shared with {', '.join(layer.tied)}"
     return statistics, reason or cannot_compress(layer, list(statistics), config)
 
 

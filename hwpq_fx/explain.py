@@ -69,7 +69,7 @@ def explain(model: Callable[..., Any], example: Any) -> Explanation:
     """Trace one call of `model` and show what our passes make of its graphs.
 
     example: a batch as for `convert`: a tensor, a tuple of arguments or a mapping. Runs the model once, eagerly, and
-    leaves it as it was.
+    leaves it as it was; what Dynamo had compiled for its class is compiled again at the next call.
     """
     explanation = Explanation()
 

@@ -59,6 +59,17 @@ def layers_of(model: nn.Module) -> list[Layer]:
     return list(found.values())
 
 
+def stacked_of(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Weights that hold a matrix for each expert, [experts, ...]: not converted, but often most of the model."""
+    return [
+        (f"{prefix}.{attribute}".lstrip("."), parameter)
+        for prefix, module in model.named_modules()
+        if not type(module).__module__.startswith("torch.nn.")  # convolutions
+        for attribute, parameter in module.named_parameters(recurse=False)
+        if not is_lazy(parameter) and parameter.dim() == 3 and parameter.shape[0] > 1
+    ]
+
+
 def check_convertible(model: nn.Module) -> None:
     """Raise ModelError for a model in training mode, without weights yet, in TorchScript, or converted already."""
     if isinstance(model, torch.jit.ScriptModule):

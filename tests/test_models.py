@@ -51,3 +51,16 @@ def test_fp8_activations_compiled_equal_eager(name):
     reference = call(dequantized(model), batches[0])
     error = (call(converted, batches[0]) - reference).norm() / reference.norm()
     assert 1e-4 < error < 0.1
+
+
+def test_expert_weights_are_named_in_the_report():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config).eval()
+    hwpq_fx.convert(model, [MODELS["llama"][1](2, 12)])
+    experts = [line for line in hwpq_fx.report(model).layers if "expert" in line.reason]
+    assert len(experts) == 2 and all(line.status == "dense" and line.shape[0] == 4 for line in experts)

@@ -95,7 +95,7 @@ def test_every_name_of_a_tied_parameter_counts():
         return model.eval()
 
     model = convert(tied(), [tokens()])
-    assert {line.name: line.reason for line in report(model).layers}["model.embed_tokens"] == "ignored"  # as lm_head
+    assert {line.name: line.reason for line in report(model).layers}["model.embed_tokens"] == "shared with lm_head"
     with pytest.raises(ModelError, match=r"model.embed_tokens: shared with lm_head"):
         convert(tied(), [tokens()], HWPQConfig(targets=["lm_head"], ignore=[]))
 
