@@ -29,7 +29,7 @@ class HwpqBackend:
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:
         for run in PASSES:
             gm = run(gm)
-        return self.inner(gm, example_inputs)
+        return self.inner(gm, list(example_inputs))
 
     def __eq__(self, other: object) -> bool:
         # models of a class whose backends are equal share what Dynamo compiled, and one count of recompiles

@@ -5,7 +5,7 @@ None of it is public in torch. Each function names what it relies on; tried on t
 
 import contextlib
 from collections.abc import Callable, Iterator
-from types import MethodType
+from types import CodeType, MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ OBSERVING = {
 }
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: Any) -> nn.Module:
     """The module that `torch.compile` wrapped, or `model` itself."""
     return model._orig_mod if isinstance(model, OptimizedModule) else model
 
@@ -36,7 +36,7 @@ class CompileSettings(NamedTuple):
     arguments: dict[str, Any]
 
 
-def compile_settings(model: nn.Module) -> CompileSettings | None:
+def compile_settings(model: Any) -> CompileSettings | None:
     """Settings of `torch.compile(model, ...)` or `model.compile(...)`; None for a plain module.
 
     Relies on `OptimizedModule.dynamo_ctx` and, for an in-place compile, on the context in the closure of
@@ -57,9 +57,10 @@ def compile_settings(model: nn.Module) -> CompileSettings | None:
         arguments["isolate_recompiles"] = True
     if spec := getattr(context, "_shapes_spec", None):
         arguments["shapes_spec"] = spec
-    if limit := _recompile_limit(context.callback):
+    callback: Any = context.callback
+    if limit := _recompile_limit(callback):
         arguments["recompile_limit"] = limit
-    return CompileSettings(innermost_backend(context.callback), arguments)
+    return CompileSettings(innermost_backend(callback), arguments)
 
 
 def _context_of(compiled: Callable[..., Any]) -> Any:
@@ -77,7 +78,7 @@ def _recompile_limit(callback: Any) -> int | None:
     return None
 
 
-def compile_in_place(model: nn.Module, backend: Callable[..., Any], settings: CompileSettings) -> None:
+def compile_in_place(model: Any, backend: Callable[..., Any], settings: CompileSettings) -> None:
     """Make every call of the module (`model(...)`, and so `model.generate(...)`) run compiled by `backend`.
 
     A wrapper that `torch.compile` made keeps working: it then calls the module, which is compiled itself.
@@ -116,12 +117,12 @@ class Observation:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         observe: Callable[..., Any],
         before_call: Callable[[tuple[Any, ...], dict[str, Any]], None],
     ):
         self.model, self.module = model, unwrap(model)
-        self.codes: list[Any] = []
+        self.codes: list[CodeType] = []
         self.had_call_impl = self.module.__dict__.get("_compiled_call_impl")
         self.had_forward = model.__dict__.get("forward")
         compiled = torch.compile(_entry(self.module), backend=observe)
@@ -160,8 +161,19 @@ class Observation:
             self.model.forward = self.had_forward
         for code in self.codes:
             torch._dynamo.reset_code(code)
-            pgo.get_code_state().pop(pgo.CodeId.make(code), None)
+            _forget_shapes(code)
         self.codes.clear()
+
+
+def _forget_shapes(code: CodeType) -> None:
+    """Drop what Dynamo remembers of the shapes that a function has met, whatever closure it was called with."""
+
+    def place(code_id: pgo.CodeId) -> tuple[str, int, str]:
+        return code_id.file_hash, code_id.firstlineno, code_id.name
+
+    state, this = pgo.get_code_state(), place(pgo.CodeId.make(code))
+    for code_id in [one for one in state if place(one) == this]:
+        del state[code_id]
 
 
 def mark_varying(tensor: torch.Tensor) -> torch.Tensor:
@@ -169,7 +181,6 @@ def mark_varying(tensor: torch.Tensor) -> torch.Tensor:
     alias = tensor.detach()
     # not channels, nor the height and width of images: symbolic, they have made tracing sixty times slower
     leading = 1 if alias.dim() > 3 else 2
-    for dim, size in enumerate(alias.shape[:-1] if alias.is_floating_point() else alias.shape):
-        if dim < leading and size > 1:
-            torch._dynamo.maybe_mark_dynamic(alias, dim)
+    for dim in range(alias.dim() - alias.is_floating_point())[:leading]:
+        torch._dynamo.maybe_mark_dynamic(alias, dim)
     return alias

@@ -15,7 +15,7 @@ from hwpq_fx.kernels import Float8Sparse24Tensor
 
 from .values import as_traced, give_value, value_of
 
-ATTENTION = F.multi_head_attention_forward
+ATTENTION: Any = F.multi_head_attention_forward
 
 
 def inline_attention(gm: fx.GraphModule) -> fx.GraphModule:
@@ -40,7 +40,7 @@ def _inline(graph: fx.Graph, node: fx.Node) -> None:
     place = {argument: number for number, argument in enumerate(inputs)}
 
     def attention(*values: Any) -> Any:
-        given = fx.map_arg((node.args, node.kwargs), lambda argument: values[place[argument]])
+        given: Any = fx.map_arg((node.args, node.kwargs), lambda argument: values[place[argument]])
         return ATTENTION(*given[0], **given[1])
 
     # "pre-dispatch" keeps linear as linear; the fakes carry Dynamo's symbolic sizes along

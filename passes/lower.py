@@ -7,7 +7,7 @@ after    %scale = clamp(div(float(amax(abs(%x))), 448))      once for each disti
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -82,13 +82,13 @@ def _input(graph: fx.Graph, x: fx.Node, dtype: torch.dtype, activation: str, wan
         x = give_value(graph.call_method("to", (x, dtype)))
     if activation == "none":
         return Input(x, None, None)
-    if not wants_grad:
-        return Input(*_inline(graph, quantize_rows, x), None)
     # gradients go straight through the rounding, by `x_grad`
-    return Input(*_inline(graph, quantize_rows, give_value(graph.call_method("detach", (x,)))), x)
+    source = give_value(graph.call_method("detach", (x,))) if wants_grad else x
+    values, scale = _inline(graph, quantize_rows, source)
+    return Input(values, scale, x if wants_grad else None)
 
 
-def _inline(graph: fx.Graph, function: Callable, x: fx.Node) -> tuple[fx.Node, ...]:
+def _inline(graph: fx.Graph, function: Callable, x: fx.Node) -> Any:
     """Write the torch calls of `function` into the graph."""
     traced = fx.symbolic_trace(function).graph
     copied = {node: x for node in traced.nodes if node.op == "placeholder"}

@@ -128,7 +128,7 @@ def _rows(weight: fx.Node, seen: torch.Tensor) -> tuple[bool, int, int] | None:
     turned = seen.stride() == (1, cols) and seen.shape[0] == cols and cols > 1
     straight = seen.stride() == (cols, 1) and seen.shape[1] == cols
     first = seen.storage_offset() - base.storage_offset()
-    if base.stride() != (cols, 1) or first % cols or not (turned or straight):
+    if base.stride() != (cols, 1) or not (turned or straight):
         return None
     start, stop = first // cols, first // cols + seen.shape[1 if turned else 0]
     return (turned, start, stop) if 0 <= start <= stop <= rows else None
@@ -142,7 +142,7 @@ def _other_use(weight: fx.Node, same_memory: list[fx.Node], served: set[tuple[fx
         return "shares its memory with another parameter"
     for node in same_memory:
         for user in node.users:
-            if user.target == OBSERVER or (node, user) in served or _is_view(weight, user) or _is_metadata(user):
+            if user.target == OBSERVER or (node, user) in served or _is_view(weight, user):
                 continue
             return f"also used by {op_name(user)}, which is not a product with a 2-D weight"
     return None
@@ -153,8 +153,3 @@ def _is_view(weight: fx.Node, user: fx.Node) -> bool:
     if op_name(user) not in VIEWS or not seen:
         return False
     return all(memory(view) == memory_of(weight) and _rows(weight, view) for view in seen)
-
-
-def _is_metadata(user: fx.Node) -> bool:
-    seen = list(leaves(value_of(user)))
-    return bool(seen) and not any(isinstance(one, torch.Tensor) for one in seen)

@@ -71,9 +71,7 @@ def products(graph: fx.Graph) -> Iterator[Product]:
 def _arguments(node: fx.Node, *names: str) -> list:
     """The arguments under these names, in order, and then those beyond."""
     given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    first = given.pop("self", None)  # aten's name for the first argument
-    named = [given.pop(name, None) for name in names]
-    return [first if named[0] is None else named[0], *named[1:], *given.values(), *node.args[len(names) :]]
+    return [*(given.pop(name, None) for name in names), *given.values(), *node.args[len(names) :]]
 
 
 def _shape(node: object) -> torch.Size | None:

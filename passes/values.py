@@ -70,7 +70,7 @@ def as_traced(graph: fx.Graph) -> Iterator[Callable[[fx.Node], None]]:
         elif node.target is _enter_autocast:
             regions[node] = _enter_autocast(*node.args)
         elif node.target is _exit_autocast:
-            _exit_autocast(regions.pop(node.args[0]))
+            _exit_autocast(regions.pop(node.args[0]))  # type: ignore[arg-type]
 
     with ExitStack() as stack:
         # Dynamo's own mode: torch knows another one by now, for the backend

@@ -201,7 +201,9 @@ def test_the_attention_fast_path_is_off_while_observing_only():
 
 
 @pytest.mark.parametrize(
-    "setting", [("error_on_recompile", True), ("disable", True), ("suppress_errors", True), ("recompile_limit", 1)]
+    "setting",
+    [("error_on_recompile", True), ("disable", True), ("recompile_limit", 1), ("accumulated_recompile_limit", 1)],
+    ids=str,
 )
 def test_observing_does_not_depend_on_dynamos_settings(setting):
     model = Net().eval()
@@ -210,6 +212,20 @@ def test_observing_does_not_depend_on_dynamos_settings(setting):
             model(torch.randn(rows, K))
         model(torch.randn(2, 3, K))
     assert len(graphs) >= 3
+
+
+def test_what_goes_wrong_while_observing_is_heard():
+    """Where Dynamo may suppress errors it would run the model unobserved."""
+
+    def fails(gm, inputs):
+        raise ValueError("not this time")
+
+    model, x = Net().eval(), torch.randn(4, K)
+    observation = Observation(model, fails, lambda *_: None)
+    with torch._dynamo.config.patch(suppress_errors=True), pytest.raises(Exception, match="not this time"):
+        model(x)
+    observation.remove()
+    assert model(x).shape == (4, K)
 
 
 def test_observing_does_not_depend_on_the_stance():
@@ -266,10 +282,14 @@ def test_calibration_with_several_shapes_does_not_make_the_compiled_model_dynami
         shapes.append([node.meta["example_value"].shape for node in gm.graph.nodes if op_name(node) == "linear24"])
         return gm
 
-    batches = [torch.randn(rows, K) for rows in (4, 5, 6, 7)]
-    model = hwpq_fx.convert(torch.compile(build().eval(), backend=backend), batches)
+    def calib(model):
+        for rows in (4, 5, 6):
+            model(torch.randn(rows, K))
+
+    model = hwpq_fx.convert(torch.compile(build().eval(), backend=backend), calib)
     with torch.no_grad():
-        for x in batches[:2]:
+        for rows in (7, 8):
+            x = torch.randn(rows, K)
             torch.testing.assert_close(model(x), unwrap(model)._call_impl(x))
     # as for any model: static for the first shape, dynamic from the second on
     assert [isinstance(size, int) for many in shapes for size in many[-1]] == [True, True, False, True]
@@ -287,6 +307,18 @@ def test_a_dozen_models_of_a_class():
         for model, y in models:
             torch.testing.assert_close(model(x), y)
             torch.testing.assert_close(unwrap(model)._call_impl(x), y)
+
+
+def test_observing_a_dozen_models_does_not_use_up_dynamos_patience():
+    models, x = [Net().eval() for _ in range(12)], torch.randn(4, K)
+    for model in models:
+        with observing(model) as (graphs, _):
+            model(x)
+        assert len(graphs) == 1
+    counter = CompileCounterWithBackend("eager")
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        torch.compile(models[0], backend=counter)(x)
+    assert counter.frame_count == 1
 
 
 def test_other_compiled_models_go_on_working():

@@ -109,6 +109,11 @@ def test_an_example_that_the_model_refuses(compiled, x):
     assert hwpq_fx.explain(model, x).rewritten == 3
 
 
+def test_shows_inference(x):
+    explanation = hwpq_fx.explain(converted(x), x.requires_grad_())
+    assert explanation.rewritten == 3 and explanation.graphs[0].counts_after["detach"] == 0
+
+
 def test_without_fp8_activations(x):
     explanation = hwpq_fx.explain(converted(x, activation="none"), x)
     assert explanation.rewritten == 3 and explanation.graphs[0].counts_after["amax"] == 0

@@ -205,6 +205,7 @@ BLOCKED = {
     "every other row": lambda x, w: F.linear(x, w[::2]),
     "rows by index": lambda x, w: F.linear(x, w[[0, 2]]),
     "a row": lambda x, w: F.linear(x, w) + (x @ w[0]).unsqueeze(-1),
+    "an axis more and less": lambda x, w: F.linear(x, w[None][0]),
     "view": lambda x, w: F.linear(x, w.view(2, N // 2, K)[0]),
     "reshape": lambda x, w: F.linear(x, w.reshape(N, -1)),
     "expand": lambda x, w: F.linear(x, w.expand(N, K)),
@@ -232,6 +233,11 @@ def test_other_uses_block(name):
     assert watch.blocked["w"].startswith("also used by ")
 
 
+def test_a_weight_multiplied_by_itself():
+    watch = watched(Weighted(lambda x, w: x @ (w @ w), torch.randn(K, K)), torch.randn(5, K))
+    assert watch.blocked.keys() == {"w"} and watch.uses.keys() == {"control"}
+
+
 def test_the_reason_names_the_use():
     assert "embedding" in watched(Weighted(BLOCKED["embedding"]), torch.randn(5, K)).blocked["w"]
     assert "topk" in watched(Weighted(BLOCKED["topk"]), torch.randn(5, K)).blocked["w"]
@@ -243,14 +249,17 @@ def test_a_parameter_that_is_not_contiguous():
     assert watch.blocked == {"w": "not contiguous in memory"} and watch.uses.keys() == {"control"}
 
 
-def test_parameters_that_share_memory():
-    flat = torch.randn(2, N, K)
-    model = Weighted(lambda x, w: F.linear(x, w) + F.linear(x, model.other), flat[0])
-    model.other = nn.Parameter(flat[1])
+@pytest.mark.parametrize("gap", [0, 1])
+def test_parameters_that_share_memory(gap):
+    flat = torch.randn(2 * N * K + gap)
+    model = Weighted(lambda x, w: F.linear(x, w) + F.linear(x, model.other), flat[: N * K].view(N, K))
+    model.other = nn.Parameter(flat[N * K + gap :].view(N, K))
     assert model.w.untyped_storage().data_ptr() == model.other.untyped_storage().data_ptr()
     watch = watched(model, torch.randn(5, K))
     assert watch.blocked == dict.fromkeys(["w", "other"], "shares its memory with another parameter")
-    assert "control" in watch.uses
+    # and no rows are told that a parameter does not have
+    uses = watch.uses
+    assert uses.pop("control") == [Use(False, 0, 3)] and list(uses.values()) == [[ALL]]
 
 
 def test_buffers_are_not_parameters():
