@@ -89,12 +89,14 @@ def convert(
     # what is made here stays: it must not be tensors that only inference mode can use
     with torch.inference_mode(False), torch.no_grad():
         made, report = _compress_all(module, prepared, progress)
-        settings = compile_settings(model)
+        # the model, or parts of it that were compiled one by one
+        parts = [model, *(part for part in module.modules() if part is not module)]
+        compiled = [(part, settings) for part in parts if (settings := compile_settings(part))]
         try:
             for layer, weight in made:
                 put(layer, weight)
-            if settings is not None:
-                compile_in_place(model, HwpqBackend(settings.backend), settings)
+            for part, settings in compiled:
+                compile_in_place(part, HwpqBackend(settings.backend), settings)
         except BaseException:
             for layer, _ in made:
                 put(layer, layer.parameter)

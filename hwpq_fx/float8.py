@@ -1,5 +1,7 @@
 """Dense FP8 weights, for unstructured sparsity: torchao's Float8Tensor as it is."""
 
+from functools import cache
+
 import torch
 from torchao.float8.inference import Float8MMConfig
 from torchao.quantization import Float8Tensor, PerRow
@@ -11,9 +13,22 @@ def mm_compatible(rows: int, cols: int) -> bool:
     return rows % 16 == 0 and cols % 16 == 0
 
 
+@cache
+def rowwise_on_cpu() -> bool:
+    """Whether torch multiplies FP8 matrices with a scale per row on the CPU: from 2.12 on."""
+    x, scale = torch.zeros(16, 16, dtype=torch.float8_e4m3fn), torch.ones(16, 1)
+    try:
+        torch._scaled_mm(x, x.t(), scale_a=scale, scale_b=scale.t(), out_dtype=torch.float32)
+    except RuntimeError:
+        return False
+    return True
+
+
 def dense_float8(weight: torch.Tensor, activation: str) -> Float8Tensor:
-    """`weight` [N, K] as FP8 with a scale per row; activation "dynamic" quantizes the inputs per row too."""
-    dynamic = QuantizeTensorToFloat8Kwargs(granularity=PerRow()) if activation == "dynamic" else None
+    """`weight` [N, K] as FP8 with a scale per row; activation "dynamic" quantizes the inputs per row too, but not on
+    a CPU where that product is missing (`rowwise_on_cpu`)."""
+    possible = weight.device.type != "cpu" or rowwise_on_cpu()
+    dynamic = QuantizeTensorToFloat8Kwargs(granularity=PerRow()) if activation == "dynamic" and possible else None
     return Float8Tensor.from_hp(
         weight,
         granularity=PerRow(),
