@@ -4,6 +4,7 @@ None of it is public in torch. Each function names what it relies on; tried on t
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from types import CodeType, MethodType
 from typing import Any, NamedTuple
@@ -22,6 +23,9 @@ OBSERVING = {
     "suppress_errors": False,
     "disable": False,
 }
+
+
+OBSERVED = "_hwpq_observed"  # on the forward of an observed module: the one it stands for
 
 
 def unwrap(model: Any) -> nn.Module:
@@ -94,8 +98,11 @@ def compile_in_place(model: Any, backend: Callable[..., Any], settings: CompileS
 def _entry(module: nn.Module) -> Callable[..., Any]:
     """What to give `torch.compile` for the calls of a module. Dynamo passes over frames inside torch.nn: a module
     whose own forward lives there needs a frame around it, as `OptimizedModule` does it."""
-    inside = isinstance(module.forward, MethodType) and trace_rules.check(module.forward)
-    return wrap_inline(module._call_impl) if inside else module._call_impl
+    return wrap_inline(module._call_impl) if _needs_frame(module.forward) else module._call_impl
+
+
+def _needs_frame(forward: Callable[..., Any]) -> bool:
+    return isinstance(forward, MethodType) and bool(trace_rules.check(forward))
 
 
 class _Call:
@@ -123,17 +130,23 @@ class Observation:
     ):
         self.model, self.module = model, unwrap(model)
         self.codes: list[CodeType] = []
-        self.had_call_impl = self.module.__dict__.get("_compiled_call_impl")
-        self.had_forward = model.__dict__.get("forward")
-        compiled = torch.compile(_entry(self.module), backend=observe)
+        self.had = {name: self.module.__dict__.get(name) for name in ("_compiled_call_impl", "forward")}
+        self.had_wrapper_forward = model.__dict__.get("forward")
+        # under another observation, its own forward: what is explained while prepared is not calibration
+        forward = getattr(self.module.forward, OBSERVED, self.module.forward)
+        compiled = torch.compile(wrap_inline(forward) if _needs_frame(forward) else forward, backend=observe)
 
-        @torch.compiler.disable  # where the user compiles the model once more, this stays outside
+        # Dynamo passes over `_compiled_call_impl` where it inlines a module, but never over its forward: so a model
+        # that is compiled once more, or called inside a compiled function, is observed too.
+        @functools.wraps(forward)
+        @torch.compiler.disable
         def call(*args: Any, **kwargs: Any) -> Any:
             before_call(args, kwargs)
             with self._dynamo_as_needed():
                 return compiled(*args, **kwargs)
 
-        self.module._compiled_call_impl = call
+        setattr(call, OBSERVED, forward)
+        self.module.__dict__ |= {"_compiled_call_impl": None, "forward": call}
         if isinstance(model, OptimizedModule):
             model.forward = _Call(self.module)
 
@@ -153,12 +166,13 @@ class Observation:
     def remove(self) -> None:
         """Restore the module's calls, and drop the observed code from Dynamo's caches, where it would count
         towards the recompile limit and teach later compiles that shapes vary."""
-        if self.had_call_impl is None:
-            self.module.__dict__.pop("_compiled_call_impl", None)
-        else:
-            self.module._compiled_call_impl = self.had_call_impl
-        if isinstance(self.model, OptimizedModule) and self.had_forward is not None:
-            self.model.forward = self.had_forward
+        for name, value in self.had.items():
+            if value is None:
+                self.module.__dict__.pop(name, None)
+            else:
+                self.module.__dict__[name] = value
+        if isinstance(self.model, OptimizedModule) and self.had_wrapper_forward is not None:
+            self.model.forward = self.had_wrapper_forward
         for code in self.codes:
             torch._dynamo.reset_code(code)
             _forget_shapes(code)

@@ -191,7 +191,7 @@ def test_observing_restores_everything(kind, fails, fast_path, monkeypatch):
 def test_the_attention_fast_path_is_off_while_observing_only():
     model = nn.TransformerEncoderLayer(K, 4, 32, batch_first=True).eval()
     seen = []
-    model.register_forward_pre_hook(lambda *_: seen.append(torch.backends.mha.get_fastpath_enabled()))
+    model.norm1.register_forward_pre_hook(lambda *_: seen.append(torch.backends.mha.get_fastpath_enabled()))
     with torch.no_grad(), observing(model) as (graphs, _):
         model(x := torch.randn(2, 5, K))
     with torch.no_grad():
@@ -237,10 +237,30 @@ def test_observing_does_not_depend_on_the_stance():
 
 def test_a_model_compiled_while_it_is_observed():
     model, x = Net().eval(), torch.randn(4, K)
+    expected = model(x)
     with observing(model) as (graphs, calls):
         outer = torch.compile(model, backend="eager")
-        torch.testing.assert_close(outer(x), model._call_impl(x))
+        torch.testing.assert_close(outer(x), expected)
     assert len(graphs) == len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "build", [Net, lambda: nn.Sequential(nn.Linear(K, K), nn.Linear(K, K))], ids=["own", "torch.nn"]
+)
+def test_calls_from_compiled_code_are_observed(build):
+    model, x = build().eval(), torch.randn(4, K)
+    expected = model(x)
+    with observing(model) as (graphs, calls):
+        wrapped = torch.compile(model, backend="eager")
+
+        @torch.compile(backend="eager")
+        def step(x):
+            return model(x) + 1
+
+        torch.testing.assert_close(wrapped(x), expected)
+        torch.testing.assert_close(step(x), expected + 1)
+    assert len(calls) == 2 and len(graphs) == 1
+    assert "forward" not in vars(model)
 
 
 def test_more_modules_of_a_class_than_dynamo_compiles():
