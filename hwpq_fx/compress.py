@@ -142,18 +142,17 @@ def _select(weight: torch.Tensor, sum_sq: torch.Tensor | None, config: HWPQConfi
 
 
 def _compensation_of(span: Span, config: HWPQConfig) -> str:
-    if config.compensation != "cg":
-        return config.compensation
-    return span.curvature[1] if span.curvature else "energy"
+    if span.curvature is not None:  # gathered for "cg" alone
+        return span.curvature[1]
+    return "energy" if config.compensation == "cg" else config.compensation
 
 
 def _compensate(
     weight: torch.Tensor, mask: torch.Tensor, span: Span, config: HWPQConfig
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The weight to store, the mask it ends with, and a factor per row."""
-    if span.curvature is None or config.compensation != "cg":
-        name = "energy" if config.compensation == "cg" else config.compensation
-        return weight, mask, compensate(weight.float(), mask, span.sum_sq, name)
+    if span.curvature is None:
+        return weight, mask, compensate(weight.float(), mask, span.sum_sq, _compensation_of(span, config))
     gram, _ = span.curvature
     # a sample says less than all rows do: hold on to the original weight more
     damping = 0.1 if isinstance(gram, MatrixFree) else 0.01

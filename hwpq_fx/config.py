@@ -7,10 +7,11 @@ from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
 
 from hwpq_fx.kernels.packed import ACTIVATIONS
 
-from .compensation import COMPENSATIONS
+from .compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 from .errors import ConfigError
-from .saliency import SALIENCIES
-from .selection import DEFAULT_LAMBDA, SELECTIONS
+from .ewma import DEV_RATE, MEAN_RATE
+from .saliency import DEFAULT_SALIENCY, SALIENCIES
+from .selection import DEFAULT_LAMBDA, DEFAULT_SELECTION, SELECTIONS
 from .targets import check_pattern
 
 DEFAULT_IGNORE = ("lm_head",)
@@ -34,24 +35,24 @@ class HWPQConfig(AOBaseConfig):
     as dense FP8 (torchao's Float8Tensor): smaller than bfloat16, but no faster for the zeros, for nn.Linear only, and
     without gradients (call the model under torch.no_grad())."""
 
-    saliency: str = "contribution"
+    saliency: str = DEFAULT_SALIENCY
     """What a weight is worth: "contribution" (w^2 times the sum of its squared inputs), "rank_one", "relative"
     (RIA) or "magnitude". See `hwpq_fx.saliency`."""
 
-    selection: str = "ewma"
+    selection: str = DEFAULT_SELECTION
     """How 2:4 masks are chosen: "ewma" (a moving threshold, comparison where it does not settle a group; equals the
     exact choice), "exact", or "ewma_streaming" (the paper's single pass, less accurate)."""
 
-    mean_rate: float = 1 / 8
+    mean_rate: float = MEAN_RATE
     """Weight of a new score in the moving average of the scores."""
 
-    dev_rate: float = 1 / 4
+    dev_rate: float = DEV_RATE
     """Weight of a new deviation in the moving average of the deviations."""
 
     lam: float = DEFAULT_LAMBDA
     """Threshold = moving mean + lam * moving deviation. With a `sparsity` ratio it is where the search starts."""
 
-    compensation: str = "energy"
+    compensation: str = DEFAULT_COMPENSATION
     """What is done for what pruning took: "cg" fits the kept weights to the calibration inputs by conjugate gradients
     and chooses the masks again in between; "energy" rescales each row to keep the energy of its output, from sums of
     squares alone; "none" nothing. Without calibration "cg" is "energy"."""

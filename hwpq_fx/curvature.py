@@ -1,6 +1,7 @@
 """What conjugate gradients ask of an input X [R, K]: X^T X, or a sample of the rows where it would not fit."""
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 
@@ -63,9 +64,11 @@ class CurvatureBudget:
 def combined(parts: Sequence[Curvature | None], device: torch.device) -> tuple[Gram, str] | None:
     """The inputs of several calls taken as one, and what to call it in the report. None where one is missing, or where
     they are of both kinds."""
-    if parts and all(isinstance(part, GramMatrix) for part in parts):
-        return torch.stack([part.matrix.to(device) for part in parts]).sum(0), "cg, X^T X"  # type: ignore[union-attr]
-    if parts and all(isinstance(part, RowSample) for part in parts):
-        rows = torch.cat([part.rows.to(device) for part in parts])  # type: ignore[union-attr]
+    grams = [part.matrix.to(device) for part in parts if isinstance(part, GramMatrix)]
+    samples = [part.rows.to(device) for part in parts if isinstance(part, RowSample)]
+    if grams and len(grams) == len(parts):
+        return reduce(torch.add, grams), "cg, X^T X"  # a single one is not copied: it may be most of the memory
+    if samples and len(samples) == len(parts):
+        rows = torch.cat(samples)
         return MatrixFree(rows), f"cg, {len(rows)} rows"
     return None
