@@ -8,6 +8,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+# Triton reads it when a kernel is defined: on a machine without a GPU kernels run in its interpreter
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
 
 @pytest.fixture(autouse=True)
 def _fresh():
