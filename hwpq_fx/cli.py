@@ -7,6 +7,11 @@ import sys
 import click
 from rich.console import Console
 
+from .bench import bench
+from .kernel_table import kernels
+from .model_commands import COMMANDS
+from .tune import tune
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="hwpq_fx")
@@ -14,6 +19,10 @@ def main() -> None:
     """2:4 sparse FP8 for models that use torch.compile."""
     # transformers imports parts of torchao that make torch talk of enums
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+
+
+for command in (bench, kernels, tune, *COMMANDS):
+    main.add_command(command)
 
 
 @main.command()

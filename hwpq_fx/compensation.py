@@ -8,7 +8,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from .saliency import score
+from hwpq_fx.kernels.saliency import score
 
 __all__ = ["COMPENSATIONS", "DEFAULT_COMPENSATION", "compensate"]
 

@@ -1,5 +1,6 @@
 """One layer: score, select, compensate and pack. Pure: reads a dense weight, returns its compressed form."""
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -7,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from hwpq_fx.kernels import FORMAT_K, Float8Sparse24Tensor
+from hwpq_fx.kernels import FORMAT_K, Float8Sparse24Tensor, select24
+from hwpq_fx.kernels.saliency import score
 from hwpq_fx.passes import Use
 
 from .compensation import compensate
@@ -18,8 +20,7 @@ from .float8 import dense_float8, mm_compatible
 from .layers import Layer
 from .reconstruction import Gram, MatrixFree, reconstruct, reconstruction_loss, refine
 from .report import LayerReport
-from .saliency import score
-from .selection import Selection, select24, select_ratio
+from .selection import Selection, select_ratio
 from .statistics import InputStatistics
 
 Statistics = dict[Use, list[InputStatistics]]
@@ -113,6 +114,45 @@ def compress(name: str, parameter: torch.Tensor, statistics: Statistics, config:
     return Compressed(new, line)
 
 
+def compress_fp8(name: str, parameter: torch.Tensor, statistics: Statistics, config: HWPQConfig) -> Compressed:
+    """One finite parameter [N, K] of an nn.Linear as dense FP8, nothing pruned. Raises as `compress` does."""
+    weight = parameter.detach()
+    spans = spans_of(name, weight, statistics)
+    dense = dense_float8(weight, config.activation)
+    line = LayerReport(
+        name,
+        tuple(weight.shape),
+        "fp8",
+        rows=max(span.rows for span in spans),
+        error=_relative_error(weight.float(), dense.dequantize().float(), spans),
+        compensation="none",
+        dense_bytes=parameter.nbytes,
+        packed_bytes=dense.qdata.nbytes + dense.scale.nbytes,
+    )
+    return Compressed(dense, line)
+
+
+def fast(compressed: Compressed, config: HWPQConfig, sibling: bool = False) -> torch.Tensor:
+    """The weight as the model will hold it, with what it needs to be fast; the report's line learns of it.
+
+    sibling: whether it shares its input with others. Merged, they have one library layout between them, which the
+    merge pass makes; their own would be a second copy.
+    """
+    weight, line = compressed
+    if not isinstance(weight, Float8Sparse24Tensor):
+        return weight
+    if config.layout == "fastest" and not (sibling and weight.is_cuda):
+        weight = weight.expand()
+    line.layout_bytes = weight.layout_nbytes()
+    line.paths = weight.paths()
+    return weight
+
+
+def cannot_be_fp8(layer: Layer, uses: list[Use], config: HWPQConfig) -> str:
+    """Why a layer with these uses cannot become dense FP8, or ""."""
+    return cannot_compress(layer, uses, replace(config, sparsity=0.5))
+
+
 def spans_of(name: str, weight: torch.Tensor, statistics: Statistics) -> list[Span]:
     """Cut the output rows of `weight` [N, K] where their inputs change (packed q/k/v of cross attention)."""
     cuts = sorted({0, weight.shape[0], *(use.start for use in statistics), *(use.stop for use in statistics)})
@@ -135,9 +175,11 @@ def spans_of(name: str, weight: torch.Tensor, statistics: Statistics) -> list[Sp
 
 
 def _select(weight: torch.Tensor, sum_sq: torch.Tensor | None, config: HWPQConfig) -> Selection:
-    scores = score(weight, sum_sq, config.saliency)
     if isinstance(config.sparsity, str):
-        return select24(scores, config.selection, config.mean_rate, config.dev_rate, config.lam)
+        how = (config.selection, config.mean_rate, config.dev_rate, config.lam)
+        mask, settled = select24(weight, sum_sq, config.saliency, *how)
+        return Selection(mask, int(settled) * 4 / mask.numel())
+    scores = score(weight, sum_sq, config.saliency)
     return select_ratio(scores, config.sparsity, config.mean_rate, config.dev_rate, config.lam)
 
 

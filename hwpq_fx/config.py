@@ -5,13 +5,13 @@ from typing import Any
 
 from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
 
+from hwpq_fx.kernels.ewma import DEV_RATE, MEAN_RATE
 from hwpq_fx.kernels.packed import ACTIVATIONS
+from hwpq_fx.kernels.saliency import DEFAULT_SALIENCY, SALIENCIES
+from hwpq_fx.kernels.select24 import DEFAULT_LAMBDA, DEFAULT_SELECTION, SELECTIONS
 
 from .compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 from .errors import ConfigError
-from .ewma import DEV_RATE, MEAN_RATE
-from .saliency import DEFAULT_SALIENCY, SALIENCIES
-from .selection import DEFAULT_LAMBDA, DEFAULT_SELECTION, SELECTIONS
 from .targets import check_pattern
 
 DEFAULT_IGNORE = ("lm_head",)
@@ -37,7 +37,7 @@ class HWPQConfig(AOBaseConfig):
 
     saliency: str = DEFAULT_SALIENCY
     """What a weight is worth: "contribution" (w^2 times the sum of its squared inputs), "rank_one", "relative"
-    (RIA) or "magnitude". See `hwpq_fx.saliency`."""
+    (RIA) or "magnitude". See `hwpq_fx.kernels.saliency`."""
 
     selection: str = DEFAULT_SELECTION
     """How 2:4 masks are chosen: "ewma" (a moving threshold, comparison where it does not settle a group; equals the
@@ -71,6 +71,27 @@ class HWPQConfig(AOBaseConfig):
     """"dynamic": the inputs of converted layers become FP8 too, one scale per row, on the fly, as sparse tensor
     cores want them; "none": they stay as they are."""
 
+    layout: str = "fastest"
+    """What is kept in memory to compute with. "fastest": on a GPU the packed weight and, where its sparse tensor cores
+    are reached through a library that wants its own layout, that one too (5 bits per weight more); on the CPU a dense
+    one. "packed": the packed weight alone. Never saved, counted in the report."""
+
+    step: str | None = None
+    """For `torchao.quantize_` alone: "prepare" puts observers on the layers, "convert" uses what they saw,
+    "prepare_for_loading" makes room for a converted state dict, None converts without calibration."""
+
+    max_loss: float | None = None
+    """Bound on the relative output errors summed over the layers: each layer becomes 2:4, dense FP8 or stays as it is,
+    by error for time saved (see `hwpq_fx.plan`). None: no bound."""
+
+    min_speedup: float | None = None
+    """Make no more layers FP8 or 2:4 than it takes for the products to be so many times as fast as dense ones. None:
+    as many as `max_loss` allows."""
+
+    typical_rows: int = 1
+    """Rows of input that times are reckoned for, with `max_loss`, `min_speedup` and `hwpq_fx.plan`: 1 is decoding of
+    one sequence."""
+
     def __post_init__(self) -> None:
         for name in ("targets", "ignore"):
             patterns = getattr(self, name)
@@ -91,13 +112,20 @@ class HWPQConfig(AOBaseConfig):
         _one_of("selection", self.selection, SELECTIONS)
         _one_of("compensation", self.compensation, (*COMPENSATIONS, "cg"))
         _one_of("activation", self.activation, ACTIVATIONS)
-        for name, least in (("cg_steps", 1), ("cg_rounds", 0), ("curvature_bytes", 0)):
+        _one_of("step", self.step, (None, "prepare", "convert", "prepare_for_loading"))
+        _one_of("layout", self.layout, ("fastest", "packed"))
+        for name, least in (("cg_steps", 1), ("cg_rounds", 0), ("curvature_bytes", 0), ("typical_rows", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"{name} {value!r} is not a whole number of at least {least}")
         for name in ("mean_rate", "dev_rate"):
             if not _in_open_unit(getattr(self, name)):
                 raise ConfigError(f"{name} {getattr(self, name)!r} is not a number in (0, 1)")
+        for name, floor in (("max_loss", 0), ("min_speedup", 1)):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is not None and not (number and value >= floor):
+                raise ConfigError(f"{name} {value!r} is neither None nor a number of at least {floor}")
         if not isinstance(self.lam, (int, float)) or isinstance(self.lam, bool) or not abs(self.lam) < 1e6:
             raise ConfigError(f"lam {self.lam!r} is not a number between -1e6 and 1e6")
 

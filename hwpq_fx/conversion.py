@@ -9,15 +9,37 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from hwpq_fx.kernels import Float8Sparse24Tensor
 from hwpq_fx.passes import HwpqBackend
 from hwpq_fx.passes.dynamo import compile_in_place, compile_settings, unwrap
 
 from .calibration import Calibration, tracked
-from .compress import Compressed, Statistics, cannot_compress, check_weight, compress, shape_of
+from .checkpoint import attach
+from .compress import (
+    Compressed,
+    Statistics,
+    cannot_be_fp8,
+    cannot_compress,
+    check_weight,
+    compress,
+    compress_fp8,
+    fast,
+    shape_of,
+)
 from .config import DEFAULT_IGNORE, HWPQConfig
-from .errors import CalibrationError, ModelError
+from .errors import CalibrationError, ConfigError, ModelError
 from .layers import Layer, check_convertible, layers_of, put, stacked_of
+from .plan import (
+    DEFAULT_GPU,
+    DENSE,
+    FP8,
+    SPARSE,
+    Plan,
+    PlannedLayer,
+    check_status,
+    decide,
+    mark_outliers,
+    times_of,
+)
 from .report import LayerReport, Report, attach_report
 from .targets import check_all_match, matches
 
@@ -57,6 +79,7 @@ def convert(
     calib: Iterable[Any] | Callable[[nn.Module], Any] | None = None,
     config: HWPQConfig | None = None,
     *,
+    plan: Plan | None = None,
     progress: bool = False,
 ) -> M:
     """Make the linear layers of `model` 2:4 sparse FP8, in place, and return it.
@@ -66,6 +89,7 @@ def convert(
     calib: an iterable of batches, each a tensor, a tuple of arguments or a mapping of named ones; or a callable that
     is given the model and runs it; or None, for a model that `prepare` made (its observations are used) or else for
     a data-free conversion. Where a batch has a 2-D `attention_mask`, rows where it is 0 do not count.
+    plan: what every layer is to become, from `hwpq_fx.plan`; layers it does not name stay dense.
     progress: show bars.
 
     Raises ConfigError, CalibrationError, ModelError or TypeError; whatever is raised, Ctrl-C included, the model is
@@ -88,7 +112,7 @@ def convert(
             prepared.calibration.remove()
     # what is made here stays: it must not be tensors that only inference mode can use
     with torch.inference_mode(False), torch.no_grad():
-        made, report = _compress_all(module, prepared, progress)
+        made, report = _compress_all(module, prepared, progress, plan)
         # the model, or parts of it that were compiled one by one
         parts = [model, *(part for part in module.modules() if part is not module)]
         compiled = [(part, settings) for part in parts if (settings := compile_settings(part))]
@@ -102,6 +126,7 @@ def convert(
                 put(layer, layer.parameter)
             raise
     attach_report(module, report)
+    attach(module, prepared.config)
     return model
 
 
@@ -126,6 +151,10 @@ def _checked(module: nn.Module, config: HWPQConfig | None) -> HWPQConfig:
     names = [name for layer in layers_of(module) for name in layer.names]
     if not names:
         raise ModelError("the model has no 2-D floating point parameter: there is nothing to convert")
+    if config.step is not None:
+        raise ConfigError(f"step {config.step!r} is for torchao.quantize_; here prepare() and convert() say it")
+    if config.sparsity != "2:4" and (config.max_loss, config.min_speedup) != (None, None):
+        raise ConfigError(f'max_loss and min_speedup are for sparsity "2:4", not {config.sparsity!r}')
     check_all_match("targets", config.targets or (), names)
     check_all_match("ignore", [p for p in config.ignore if p not in DEFAULT_IGNORE], names)
     return config
@@ -139,33 +168,126 @@ def _calibrate(calibration: Calibration, prepared: _Prepared, calib: Any, progre
         raise CalibrationError("no batch has been run through the prepared model")
 
 
-def _compress_all(
-    module: nn.Module, prepared: _Prepared, progress: bool
-) -> tuple[list[tuple[Layer, torch.Tensor]], Report]:
-    """Choose and pack every layer without touching the model: the new weights, and what the report says."""
-    report, chosen = Report(seconds=prepared.seconds), []
-    plan = [(layer, *_plan(layer, prepared)) for layer in layers_of(module)]
-    plan = [(layer, statistics, reason) for layer, statistics, reason in plan if statistics or reason]
+def plan(
+    model: M,
+    calib: Iterable[Any] | Callable[[nn.Module], Any] | None = None,
+    config: HWPQConfig | None = None,
+    *,
+    gpu: str = DEFAULT_GPU,
+    progress: bool = False,
+) -> Plan:
+    """What `convert` with these arguments would make of every layer, without converting: to look at, to change by
+    hand, and to give to `convert(..., plan=plan)`.
+
+    By `config.max_loss` and `config.min_speedup` each layer becomes 2:4, dense FP8 or stays as it is, least error for
+    time saved first. Times are for `config.typical_rows` rows: by the roofline model of `gpu` (see
+    `hwpq_fx.kernels.gpus`), or as measured where the model is on a GPU that `hwpq-fx tune` has measured. Layers whose
+    error is out of the ordinary stay dense. Raises as `convert` does; the model is left as it was.
+    """
+    module = _module_of(model)
+    if PREPARED in module.__dict__:
+        raise ModelError("the model is prepared for convert(): plan() runs its own batches, on a model that is not")
+    prepared = _Prepared(_checked(module, config), None)
+    if calib is not None:
+        prepared.calibration = _calibration(model, prepared.config)
+    try:
+        if prepared.calibration is not None:
+            _calibrate(prepared.calibration, prepared, calib, progress)
+    finally:
+        if prepared.calibration is not None:
+            prepared.calibration.remove()
+    with torch.inference_mode(False), torch.no_grad():
+        candidates, _ = _candidates(module, prepared)
+        return _planned(candidates, prepared.config, gpu, progress)[0]
+
+
+def _candidates(module: nn.Module, prepared: _Prepared) -> tuple[list[tuple[Layer, Statistics]], list[LayerReport]]:
+    """The layers to compress with what is known of their inputs, and report lines for those that stay dense.
+
+    Raises ModelError where a weight is bad or nothing is left to convert.
+    """
+    found = [(layer, *_plan(layer, prepared)) for layer in layers_of(module)]
     # before any layer is packed: a bad weight makes the inputs of later layers bad, and it is the one to name
-    for layer, _, reason in plan:
-        if not reason:
+    for layer, statistics, reason in found:
+        if statistics and not reason:
             check_weight(layer)
-    with prepared.timed("choose and pack"), tracked(plan, "choose and pack", progress) as steps:
-        for layer, statistics, reason in steps:
-            if reason:
-                report.layers.append(_dense_line(layer, statistics, reason))
-                continue
-            compressed = compress(layer.name, layer.parameter, statistics, prepared.config)
-            chosen.append((layer, compressed))
-            report.layers.append(compressed.line)
+    lines = [_dense_line(layer, statistics, reason) for layer, statistics, reason in found if reason]
     for name, parameter in stacked_of(module):
         reason = "3-D, a matrix per expert: only 2-D weights are converted"
-        report.layers.append(LayerReport(name, tuple(parameter.shape), "dense", reason, dense_bytes=parameter.nbytes))
-    if not chosen:
-        why = "; ".join(f"{line.name}: {line.reason}" for line in report.layers[:5])
+        lines.append(LayerReport(name, tuple(parameter.shape), "dense", reason, dense_bytes=parameter.nbytes))
+    candidates = [(layer, statistics) for layer, statistics, reason in found if statistics and not reason]
+    if not candidates:
+        why = "; ".join(f"{line.name}: {line.reason}" for line in lines[:5])
         raise ModelError(f"nothing is left to convert ({why or 'no product with a parameter was found'})")
+    return candidates, lines
+
+
+def _planned(
+    candidates: list[tuple[Layer, Statistics]], config: HWPQConfig, gpu: str, progress: bool
+) -> tuple[Plan, dict[str, Compressed]]:
+    """A plan by the config's bounds, and every layer's 2:4 form, which its error was taken from."""
+    layers, sparse = [], {}
+    with tracked(candidates, "plan", progress) as steps:
+        for layer, statistics in steps:
+            made = sparse[layer.name] = compress(layer.name, layer.parameter, statistics, config)
+            errors = {DENSE: 0.0, SPARSE: made.line.error}
+            if not cannot_be_fp8(layer, list(statistics), config):
+                errors[FP8] = compress_fp8(layer.name, layer.parameter, statistics, config).line.error
+            times, timing = times_of(made.line.shape, config.typical_rows, gpu, layer.parameter.device, errors)
+            layers.append(PlannedLayer(layer.name, made.line.shape, errors, times))
+    mark_outliers(layers)
+    frontier = decide(layers, config.max_loss, config.min_speedup)
+    return Plan(layers, config.typical_rows, timing, frontier), sparse
+
+
+def _compress_all(
+    module: nn.Module, prepared: _Prepared, progress: bool, plan: Plan | None
+) -> tuple[list[tuple[Layer, torch.Tensor]], Report]:
+    """Choose and pack every layer without touching the model: the new weights, and what the report says."""
+    config = prepared.config
+    report, chosen = Report(seconds=prepared.seconds), []
+    sparse: dict[str, Compressed] = {}
+    candidates, lines = _candidates(module, prepared)
+    if plan is None and (config.max_loss is not None or config.min_speedup is not None):
+        with prepared.timed("plan"):
+            plan, sparse = _planned(candidates, config, DEFAULT_GPU, progress)
+    wanted = _wanted(plan, candidates)
+    with prepared.timed("choose and pack"), tracked(candidates, "choose and pack", progress) as steps:
+        for layer, statistics in steps:
+            status, reason = wanted.get(layer.name, (SPARSE, ""))
+            if status == DENSE:
+                lines.append(_dense_line(layer, statistics, reason))
+                continue
+            how = compress if status == SPARSE else compress_fp8
+            made = sparse.get(layer.name) if status == SPARSE else None
+            made = made or how(layer.name, layer.parameter, statistics, config)
+            chosen.append((layer, made))
+            lines.append(made.line)
+    order = {layer.name: place for place, layer in enumerate(layers_of(module))}
+    report.layers = sorted(lines, key=lambda line: order.get(line.name, len(order)))
+    if not chosen:
+        raise ModelError("the plan leaves every layer dense: there is nothing to convert")
     with prepared.timed("lay out"):
-        return [(layer, _laid_out(compressed)) for layer, compressed in chosen], report
+        siblings = prepared.calibration.recorder.siblings() if prepared.calibration else set()
+        return [(layer, fast(made, config, id(layer.parameter) in siblings)) for layer, made in chosen], report
+
+
+def _wanted(plan: Plan | None, candidates: list[tuple[Layer, Statistics]]) -> dict[str, tuple[str, str]]:
+    """Status and reason by layer, as the plan says; nothing without one. Raises ConfigError where it does not fit."""
+    if plan is None:
+        return {}
+    planned, shapes = plan.statuses(), {layer.name: shape_of(layer.parameter, list(uses)) for layer, uses in candidates}
+    for name, one in planned.items():
+        check_status(one)
+        if one.status == DENSE:
+            continue
+        if name not in shapes:
+            raise ConfigError(f"the plan makes {name} {one.status}: the model has no such layer to convert")
+        if tuple(one.shape) != shapes[name]:
+            raise ConfigError(f"the plan has {name} as {one.shape}, the model as {shapes[name]}")
+    missing = PlannedLayer("", (0, 0), {}, {}, DENSE, "not in the plan")
+    found = {name: planned.get(name, missing) for name in shapes}
+    return {name: (one.status, one.reason or "the plan") for name, one in found.items()}
 
 
 def _plan(layer: Layer, prepared: _Prepared) -> tuple[Statistics, str]:
@@ -201,12 +323,3 @@ def _dense_line(layer: Layer, statistics: Statistics, reason: str) -> LayerRepor
     rows = sum(one.rows for many in statistics.values() for one in many)
     shape = shape_of(layer.parameter, uses)
     return LayerReport(layer.name, shape, "dense", reason, rows=rows, dense_bytes=layer.parameter.nbytes)
-
-
-def _laid_out(compressed: Compressed) -> torch.Tensor:
-    """The weight as the model will hold it, with the layout that the CPU computes with."""
-    if not isinstance(compressed.weight, Float8Sparse24Tensor):
-        return compressed.weight
-    expanded = compressed.weight.expand()
-    compressed.line.layout_bytes = expanded.layout_nbytes()
-    return expanded

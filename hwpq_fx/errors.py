@@ -15,3 +15,7 @@ class CalibrationError(HWPQError, RuntimeError):
 
 class ModelError(HWPQError, ValueError):
     """The model cannot be converted as it stands: in training mode, on meta, converted already, nothing to do."""
+
+
+class CheckpointError(HWPQError, ValueError):
+    """A checkpoint is not one that this version reads, is incomplete, or holds values that no packed weight has."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from hwpq_fx.passes import PASSES
+from hwpq_fx.passes import Siblings, merged_of, rewrite
 from hwpq_fx.passes.dynamo import Observation
 
 from .calibration import as_call
@@ -29,6 +29,11 @@ class GraphChange:
     def counts_after(self) -> Counter[str]:
         return op_counts(self.after)
 
+    @property
+    def merged(self) -> tuple[Siblings, ...]:
+        """Layers that share their input and run as one product."""
+        return merged_of(self.after)
+
 
 @dataclass
 class Explanation:
@@ -38,7 +43,7 @@ class Explanation:
 
     @property
     def rewritten(self) -> int:
-        """Products that became `hwpq_fx.linear24`."""
+        """Products with packed weights, those that were merged counted as one."""
         return sum(graph.counts_after["hwpq_fx.linear24"] for graph in self.graphs)
 
     def __str__(self) -> str:
@@ -47,6 +52,7 @@ class Explanation:
             before, after = graph.counts_before, graph.counts_after
             changed = [f"{op} {before[op]} -> {after[op]}" for op in sorted(before | after) if before[op] != after[op]]
             parts.append(f"graph {number}: {', '.join(changed) or 'unchanged'}")
+            parts.extend(f"merged: {', '.join(siblings.names)}" for siblings in graph.merged)
             parts.append("before\n" + graph.before.print_readable(print_output=False).strip())
             parts.append("after\n" + graph.after.print_readable(print_output=False).strip())
         return "\n\n".join(parts)
@@ -74,11 +80,8 @@ def explain(model: Callable[..., Any], example: Any) -> Explanation:
     explanation = Explanation()
 
     def collect(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphModule:
-        after = gm
-        for run in PASSES:
-            after = run(after)
-        explanation.graphs.append(GraphChange(gm, after))
-        return after
+        explanation.graphs.append(GraphChange(gm, rewrite(gm, example_inputs)))
+        return gm
 
     args, kwargs = as_call(example, "example")
     observation = Observation(model, collect, lambda *_: None)

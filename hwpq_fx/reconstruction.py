@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .saliency import unit_scaled
+from hwpq_fx.kernels.saliency import unit_scaled
 
 __all__ = ["Gram", "MatrixFree", "rechoose", "reconstruct", "reconstruction_loss", "refine"]
 

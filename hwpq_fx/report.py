@@ -1,5 +1,6 @@
 """What a conversion did, layer by layer."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from io import StringIO
@@ -42,7 +43,9 @@ class LayerReport:
     packed_bytes: int = 0
     """What is saved: values, indices, scales."""
     layout_bytes: int = 0
-    """What is kept in memory beside it to compute with, on the CPU."""
+    """What is kept in memory beside it to compute with."""
+    paths: str = ""
+    """What runs at how many rows of input: "dense" on the CPU, "gemv to 8 rows, tiles to 64, cusparselt above"."""
 
 
 @dataclass
@@ -95,13 +98,16 @@ class Report:
         return table
 
     def summary(self) -> str:
-        """The totals and the seconds, in two lines."""
+        """The totals, what runs, and the seconds."""
         before, packed, layout = (self.total(f"{part}_bytes") / 2**20 for part in ("dense", "packed", "layout"))
         sizes = f"converted layers: {before:.1f} MiB before, {packed:.1f} MiB packed"
         if layout:
-            sizes += f" (and {layout:.1f} MiB in memory for the CPU's products, never saved)"
-        phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
-        return f"{sizes}\n{phases}" if phases else sizes
+            sizes += f" (and {layout:.1f} MiB in memory to compute with, never saved)"
+        lines = [sizes]
+        for paths, count in Counter(layer.paths for layer in self.converted if layer.paths).items():
+            lines.append(f"{count} {'layer runs' if count == 1 else 'layers run'} as: {paths}")
+        lines.append(", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items()))
+        return "\n".join(line for line in lines if line)
 
     def __str__(self) -> str:
         text = StringIO()

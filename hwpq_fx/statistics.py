@@ -81,6 +81,11 @@ class CalibrationRecorder:
                 self.uses.setdefault(id(weight), {}).setdefault(use, []).append(statistics)
         statistics.update(x, self._rows_to_keep(x), self.calls - 1)
 
+    def siblings(self) -> set[int]:
+        """Ids of the parameters that share an input with another one: the merge pass runs these as one product."""
+        groups = [{weight for weight, _ in key} for key in self._inputs]
+        return {weight for group in groups if len(group) > 1 for weight in group}
+
     def block(self, weight: torch.Tensor, reason: str) -> None:
         """No observer can speak for this parameter."""
         self.blocked[id(weight)] = reason

@@ -6,8 +6,9 @@ if __name__ == "hwpq_fx.kernels":
     from .linear24 import linear24
     from .pack24 import FORMAT_K, pack24, unpack24
     from .packed import Float8Sparse24Tensor
+    from .prune_pack24 import prune_pack24
     from .quantize_rows import quantize_rows, quantize_weight_rows
-    from .select24 import best_two
+    from .select24 import best_two, select24
 
 __all__ = [
     "FORMAT_K",
@@ -15,7 +16,9 @@ __all__ = [
     "best_two",
     "linear24",
     "pack24",
+    "prune_pack24",
     "quantize_rows",
     "quantize_weight_rows",
+    "select24",
     "unpack24",
 ]

@@ -1,8 +1,7 @@
 """`linear24`: y = x W^T + b for a packed 2:4 FP8 weight W [N, K], the one custom op of a converted graph.
 
-On the CPU no instruction reads 2:4, so the weight carries a third array, `dense` [N, K] (see `dense_layout`), and
-the op is a plain matrix product with it. Inductor sees through the op there (`_decompose_on_cpu`) and fuses the
-scales and the bias into what follows.
+This is the definition. What a CPU runs is in `cpu24`: for many rows of x a plain matrix product with a further array
+that the weight carries, `prepacked` [N, K] (see `dense_layout`). What a GPU runs is chosen in `paths`.
 """
 
 from functools import cache
@@ -13,8 +12,11 @@ import torch.nn.functional as F
 from .pack24 import unpack24
 from .quantize_rows import E4M3
 
+# `prepacked_for` of what `dense_layout` makes
+DENSE = "dense"
+
 # places among the arguments of `linear24` that gradients flow to
-X, BIAS, X_GRAD = 0, 5, 7
+X, BIAS, X_HP = 0, 5, 7
 
 
 @cache
@@ -54,13 +56,15 @@ def linear24_reference(
     sparse_metadata: torch.Tensor,
     scale: torch.Tensor,
     bias: torch.Tensor | None,
-    dense: torch.Tensor | None,
-    x_grad: torch.Tensor | None,
+    prepacked: torch.Tensor | None,
+    x_hp: torch.Tensor | None,
     out_dtype: torch.dtype,
+    prepacked_for: str,
 ) -> torch.Tensor:
     """The definition, in plain torch, on any device. Arguments and errors as `linear24`."""
-    _check(x, x_scale, qdata, sparse_metadata, scale, bias, dense, x_grad, out_dtype)
-    if dense is None:
+    check(x, x_scale, qdata, sparse_metadata, scale, bias, prepacked, x_hp, out_dtype, prepacked_for)
+    dense = prepacked
+    if dense is None or prepacked_for != DENSE:
         dense = dense_layout(qdata, sparse_metadata, scale, out_dtype, x_scale is not None)
     # autocast has had its say before: here it would multiply FP8 values in float16, and overflow
     with torch.autocast(x.device.type, enabled=False):
@@ -78,27 +82,32 @@ def linear24(
     sparse_metadata: torch.Tensor,
     scale: torch.Tensor,
     bias: torch.Tensor | None,
-    dense: torch.Tensor | None,
-    x_grad: torch.Tensor | None,
+    prepacked: torch.Tensor | None,
+    x_hp: torch.Tensor | None,
     out_dtype: torch.dtype,
+    prepacked_for: str,
 ) -> torch.Tensor:
     """y [..., N] = x [..., K] W^T + bias, accumulated in float32 and returned in `out_dtype`.
 
     x: e4m3 with x_scale float32 [..., 1], or `out_dtype` with x_scale None. qdata, sparse_metadata: see `pack24`;
-    scale float32 [N, 1]; bias [N] of any dtype, or None; dense: see `dense_layout`, or None. x_grad: the activation
-    before it was quantized, given only while gradients are wanted: they flow to it straight through the rounding.
+    scale float32 [N, 1]; bias [N] of any dtype, or None. prepacked: what `prepacked_for` wants beside these ("dense":
+    see `dense_layout`; otherwise 1-D, see `paths`), or None. x_hp: the activation before it was quantized, given while
+    gradients are wanted, which flow to it straight through the rounding, and where a GPU may choose not to quantize.
     Raises RuntimeError where shapes or dtypes do not fit.
     """
-    return linear24_reference(x, x_scale, qdata, sparse_metadata, scale, bias, dense, x_grad, out_dtype)
+    return linear24_reference(
+        x, x_scale, qdata, sparse_metadata, scale, bias, prepacked, x_hp, out_dtype, prepacked_for
+    )
 
 
 @linear24.register_fake
-def _fake(x, x_scale, qdata, sparse_metadata, scale, bias, dense, x_grad, out_dtype):
-    _check(x, x_scale, qdata, sparse_metadata, scale, bias, dense, x_grad, out_dtype)
+def _fake(x, x_scale, qdata, sparse_metadata, scale, bias, prepacked, x_hp, out_dtype, prepacked_for):
+    check(x, x_scale, qdata, sparse_metadata, scale, bias, prepacked, x_hp, out_dtype, prepacked_for)
     return x.new_empty((*x.shape[:-1], qdata.shape[0]), dtype=out_dtype)
 
 
-def _check(x, x_scale, qdata, sparse_metadata, scale, bias, dense, x_grad, out_dtype) -> None:
+def check(x, x_scale, qdata, sparse_metadata, scale, bias, prepacked, x_hp, out_dtype, prepacked_for) -> None:
+    """Raise RuntimeError where the arguments of `linear24` do not fit each other."""
     if x.dim() == 0 or qdata.dim() != 2 or x.shape[-1] != 2 * qdata.shape[1]:
         raise RuntimeError(f"linear24: x {tuple(x.shape)} does not fit qdata {tuple(qdata.shape)}, half of its K")
     rows, cols = qdata.shape[0], x.shape[-1]
@@ -113,9 +122,9 @@ def _check(x, x_scale, qdata, sparse_metadata, scale, bias, dense, x_grad, out_d
         ("sparse_metadata", sparse_metadata, (rows, cols // 8), (torch.uint8,)),
         ("scale", scale, (rows, 1), (torch.float32,)),
         ("x_scale", x_scale, (*x.shape[:-1], 1), (torch.float32,)),
-        ("dense", dense, (rows, cols), exact if fp8 else (out_dtype,)),
+        ("prepacked", prepacked if prepacked_for == DENSE else None, (rows, cols), exact if fp8 else (out_dtype,)),
         ("bias", bias, (rows,), ()),
-        ("x_grad", x_grad, x.shape, ()),
+        ("x_hp", x_hp, x.shape, (out_dtype,)),
     ):
         if part is not None and (part.shape != shape or (dtypes and part.dtype not in dtypes)):
             wanted = f"{tuple(shape)} {' or '.join(map(str, dtypes))}"
@@ -125,13 +134,13 @@ def _check(x, x_scale, qdata, sparse_metadata, scale, bias, dense, x_grad, out_d
 def _setup_context(ctx, inputs, output) -> None:
     _, x_scale, qdata, sparse_metadata, scale, *_ = inputs
     ctx.save_for_backward(qdata, sparse_metadata, scale)
-    ctx.source = X if x_scale is None else X_GRAD
+    ctx.source = X if x_scale is None else X_HP
 
 
 def _backward(ctx, grad):
     qdata, sparse_metadata, scale = ctx.saved_tensors
     grad = grad.float()  # autograd casts what is returned
-    grads = [None] * 9
+    grads = [None] * 10
     if ctx.needs_input_grad[ctx.source]:
         grads[ctx.source] = grad @ (unpack24(qdata, sparse_metadata).float() * scale)
     if ctx.needs_input_grad[BIAS]:
@@ -140,17 +149,3 @@ def _backward(ctx, grad):
 
 
 linear24.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _decompose_on_cpu(x, *rest):
-    return linear24_reference(x, *rest) if x.device.type == "cpu" else NotImplemented
-
-
-def _register_inductor_decomposition() -> None:
-    """Inductor's table of decompositions has no public door. Tried on torch 2.11 and 2.13."""
-    from torch._inductor.decomposition import register_decomposition
-
-    register_decomposition([torch.ops.hwpq_fx.linear24.default])(_decompose_on_cpu)
-
-
-_register_inductor_decomposition()

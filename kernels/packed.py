@@ -13,9 +13,12 @@ from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torchao.utils import TorchAOBaseTensor
 
-from .linear24 import dense_layout, linear24
-from .pack24 import FORMAT_K, pack24, unpack24
-from .quantize_rows import E4M3, quantize_rows, quantize_weight_rows
+from .cpu24 import EXPAND_ROWS, dense24, expands
+from .linear24 import DENSE, cpu_product_dtype, linear24
+from .pack24 import FORMAT_K, unpack24
+from .paths import EITHER, HP, PATHS, best_layout, chosen, describe, target_of
+from .prune_pack24 import prune_pack24
+from .quantize_rows import E4M3, quantize_rows
 from .select24 import best_two
 
 aten = torch.ops.aten
@@ -28,35 +31,38 @@ class Float8Sparse24Tensor(TorchAOBaseTensor):
     qdata: e4m3 [N, K/2]; sparse_metadata: uint8 [N, K/8] (bit layout: `pack24`); scale: float32 [N, 1];
     activation: "dynamic" (per-row FP8, made on the fly) or "none"; transposed: whether this tensor shows
     [K, N], as GPT-2's Conv1D keeps its weight; dtype: the dtype it shows and computes for;
-    dense: a second layout for CPU products, derived and never saved, or None (`expand`).
+    prepacked: a second layout to compute with, derived and never saved, or None; prepacked_for: what reads it, "dense"
+    on the CPU, a path's name on a GPU, or "" (`expand`).
     """
 
     tensor_data_names = ["qdata", "sparse_metadata", "scale"]  # noqa: RUF012 (torchao's protocol)
-    tensor_attribute_names = ["activation", "transposed", "dtype"]  # noqa: RUF012
-    optional_tensor_data_names = ["dense"]  # noqa: RUF012
+    tensor_attribute_names = ["activation", "transposed", "dtype", "prepacked_for"]  # noqa: RUF012
+    optional_tensor_data_names = ["prepacked"]  # noqa: RUF012
 
     qdata: torch.Tensor
     sparse_metadata: torch.Tensor
     scale: torch.Tensor
     activation: str
     transposed: bool
-    dense: torch.Tensor | None
+    prepacked_for: str
+    prepacked: torch.Tensor | None
 
-    def __new__(cls, qdata, sparse_metadata, scale, activation, transposed, dtype, dense=None):
+    def __new__(cls, qdata, sparse_metadata, scale, activation, transposed, dtype, prepacked_for="", prepacked=None):
         rows, half = qdata.shape
         shape = (2 * half, rows) if transposed else (rows, 2 * half)
         # views of a normal tensor have to be normal tensors, inside torch.inference_mode() too
         with torch.inference_mode(qdata.is_inference()):
             return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=qdata.device)
 
-    def __init__(self, qdata, sparse_metadata, scale, activation, transposed, dtype, dense=None):
+    def __init__(self, qdata, sparse_metadata, scale, activation, transposed, dtype, prepacked_for="", prepacked=None):
         super().__init__()
         self.qdata = qdata
         self.sparse_metadata = sparse_metadata
         self.scale = scale
         self.activation = activation
         self.transposed = transposed
-        self.dense = dense
+        self.prepacked_for = prepacked_for
+        self.prepacked = prepacked
 
     @classmethod
     def from_hp(
@@ -86,9 +92,9 @@ class Float8Sparse24Tensor(TorchAOBaseTensor):
             raise ValueError(f"factor is {tuple(factor.shape)}, the weight has {rows} rows")
         if not bool(weight.isfinite().all()):
             raise ValueError("the weight holds NaN or Inf")
-        mask = best_two(weight.abs().unflatten(1, (-1, 4))).flatten(1) if mask is None else mask
-        values, scale = quantize_weight_rows(weight.masked_fill(~mask, 0))
-        qdata, sparse_metadata = pack24(values, mask)
+        if mask is None:
+            mask = best_two(weight.abs().unflatten(1, (-1, 4))).flatten(1)
+        qdata, sparse_metadata, scale = prune_pack24(weight, None, mask)
         scale = scale if factor is None else scale * factor.detach().float().view(-1, 1)
         return cls(qdata, sparse_metadata, scale, activation, False, weight.dtype)
 
@@ -101,12 +107,37 @@ class Float8Sparse24Tensor(TorchAOBaseTensor):
         return dense.t() if self.transposed else dense
 
     def expand(self) -> "Float8Sparse24Tensor":
-        """The same weight with the `dense` layout that CPU products use; off the CPU, itself without one."""
-        dense = None
-        if self.qdata.device.type == "cpu":
+        """The same weight with the layout that makes its products fast: on the CPU the dense one, on a GPU that of
+        the library that is fastest there (`paths.best_layout`); elsewhere, and where none is faster, without one."""
+        target = target_of(self.qdata.device)
+        if target is None and self.qdata.device.type == "cpu":
             fp8 = self.activation == "dynamic"
-            dense = dense_layout(self.qdata, self.sparse_metadata, self.scale, self.dtype, fp8)
-        return self._with(dense=dense)
+            scale, dtype = (None, cpu_product_dtype(self.dtype)) if fp8 else (self.scale, self.dtype)
+            dense = dense24(self.qdata, self.sparse_metadata, scale, dtype)
+            return self._with(prepacked=dense, prepacked_for=DENSE)
+        name = best_layout(target, *self._packed_shape(), self.dtype) if target and self.activation == "dynamic" else ""
+        make = PATHS[name].make_layout if name else None
+        if make is None:
+            return self.bare()
+        return self._with(prepacked=make(self.qdata, self.sparse_metadata), prepacked_for=name)
+
+    def bare(self) -> "Float8Sparse24Tensor":
+        """The same weight without a second layout."""
+        return self._with(prepacked=None, prepacked_for="")
+
+    def paths(self) -> str:
+        """What runs, at how many rows of input."""
+        target = target_of(self.device)
+        if target is None:
+            many = self.prepacked_for or "unpacked at every call"
+            on_cpu = self.device.type == "cpu" and expands(1, self.dtype, *self._packed_shape())
+            return f"expand to {EXPAND_ROWS} rows, {many} above" if on_cpu else many
+        activation = EITHER if self.activation == "dynamic" else HP
+        return describe(target, *self._packed_shape(), self.dtype, activation, self.prepacked_for)
+
+    def _packed_shape(self) -> tuple[int, int]:
+        rows, half = self.qdata.shape
+        return rows, 2 * half
 
     def packed_nbytes(self) -> int:
         """Bytes of what is saved: values, indices, scales."""
@@ -114,7 +145,7 @@ class Float8Sparse24Tensor(TorchAOBaseTensor):
 
     def layout_nbytes(self) -> int:
         """Bytes of the derived layouts that stay in memory beside the packed weight."""
-        return 0 if self.dense is None else self.dense.nbytes
+        return 0 if self.prepacked is None else self.prepacked.nbytes
 
     def _with(self, **changes: Any) -> "Float8Sparse24Tensor":
         names = (*self.tensor_data_names, *self.tensor_attribute_names, *self.optional_tensor_data_names)
@@ -128,8 +159,8 @@ class Float8Sparse24Tensor(TorchAOBaseTensor):
         return super().__torch_dispatch__(func, types, args, kwargs or {})
 
     def _wants_layout(self) -> bool:
-        # the layout is for the CPU: it stays when the weight does, and comes back when the weight does
-        return self.dense is not None or self.device.type != "cpu"
+        # what is on the CPU without one was left so; elsewhere there may be none to have
+        return self.prepacked is not None or self.device.type != "cpu"
 
     def _remade(self, make: Callable, dtype: torch.dtype | None) -> "Float8Sparse24Tensor":
         """A weight of the parts that `make` gives for this one's, perhaps on another device."""
@@ -146,12 +177,12 @@ class Float8Sparse24Tensor(TorchAOBaseTensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return (
             f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, "
-            f"activation={self.activation!r}, expanded={self.dense is not None})"
+            f"activation={self.activation!r}, prepacked_for={self.prepacked_for!r})"
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # bytes, because plain pickle knows no FP8; `dense` is derived: say only whether to make one
-        names = (*self.tensor_data_names, *self.tensor_attribute_names)
+        # bytes, because plain pickle knows no FP8; `prepacked` is derived: say only whether to make one
+        names = (*self.tensor_data_names, "activation", "transposed", "dtype")
         data = {name: getattr(self, name) for name in names} | {"qdata": self.qdata.view(torch.uint8)}
         # a fake weight is pickled for AOTAutograd's key alone: torch 2.11 does not ask for the stable hash
         key = (self._stable_hash_for_caching(),) if isinstance(self.qdata, FakeTensor) else ()
@@ -196,13 +227,37 @@ def packed_linear(x: torch.Tensor, weight: Float8Sparse24Tensor, bias: torch.Ten
         x = x.to(torch.get_autocast_dtype(device))
     elif x.dtype != weight.dtype:
         raise RuntimeError(f"linear: x is {x.dtype}, the packed weight {weight.dtype}; cast one of them")
-    values, scale, x_grad, dense = x, None, None, weight.dense
-    if weight.activation == "dynamic":
+    values, scale, x_hp, prepacked, prepacked_for = x, None, None, weight.prepacked, weight.prepacked_for
+    quantized, hp = activations(x, weight)
+    if quantized:
         values, scale = quantize_rows(x.detach())
-        x_grad = x if torch.is_grad_enabled() and x.requires_grad else None
-    elif dense is not None and dense.dtype != x.dtype:
-        dense = None  # made for another dtype than autocast's
-    return linear24(values, scale, weight.qdata, weight.sparse_metadata, weight.scale, bias, dense, x_grad, x.dtype)
+        x_hp = x if hp or (torch.is_grad_enabled() and x.requires_grad) else None
+    elif not fits_hp(weight, x.dtype):
+        prepacked, prepacked_for = None, ""
+    parts = (weight.qdata, weight.sparse_metadata, weight.scale)
+    return linear24(values, scale, *parts, bias, prepacked, x_hp, x.dtype, prepacked_for)
+
+
+def fits_hp(weight: Float8Sparse24Tensor, dtype: torch.dtype) -> bool:
+    """Whether the weight's second layout is one for x in `dtype`: the dense one is not where it was made for FP8
+    activations (its values are not scaled), or for another dtype than autocast's."""
+    if weight.prepacked is None or weight.prepacked_for != DENSE:
+        return True
+    return weight.activation == "none" and weight.prepacked.dtype == dtype
+
+
+def activations(x: torch.Tensor, weight: Float8Sparse24Tensor) -> tuple[bool, bool]:
+    """Whether `linear24` is to be given x [..., K] in FP8, and whether as it is: both where only the run will tell
+    how many rows there are."""
+    if weight.activation == "none":
+        return False, True
+    if torch.compiler.is_dynamo_compiling() or any(type(size) is not int for size in x.shape):
+        return True, x.is_cuda
+    target = target_of(x.device)
+    if target is None:
+        return True, False
+    fp8 = chosen(target, x, weight.qdata.shape[0], x.dtype, EITHER, weight.prepacked_for).fp8
+    return fp8, not fp8
 
 
 @implements(aten.linear.default)
@@ -289,7 +344,9 @@ def _(func, types, args, kwargs):
     weight, dim, start, end, step = _arguments(("self", "dim", "start", "end", "step"), args, kwargs)
     dim, step = _dim(dim or 0), step or 1
     if dim == _row_dim(weight):
-        part = weight._apply_fn_to_data(lambda part: aten.slice.Tensor(part, 0, start, end, step))
+        # of the layouts only the dense one has rows
+        whole = weight if weight.prepacked_for == DENSE else weight.bare()
+        part = whole._apply_fn_to_data(lambda part: aten.slice.Tensor(part, 0, start, end, step))
     elif (everything := range(weight.shape[dim]))[start:end:step] == everything:
         part = weight._with()
     else:
@@ -357,8 +414,8 @@ def _(func, types, args, kwargs):
         raise ValueError(f"cannot copy {source} into {weight}: shape, activation or transposition differ")
     for name in weight.tensor_data_names:
         getattr(weight, name).copy_(getattr(source, name))
-    if weight.dense is not None:
-        weight.dense.copy_(weight.expand().dense)
+    if weight.prepacked is not None:
+        weight.prepacked.copy_(weight.expand().prepacked)
     return weight
 
 

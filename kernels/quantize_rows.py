@@ -32,6 +32,9 @@ def quantize_weight_rows(weight: torch.Tensor, scale: torch.Tensor | None = None
     `scale` float32 [N, 1] is used where given. A negative zero has counted as a nonzero in CUTLASS's
     compressor, which then refuses the row.
     """
-    scale = row_scale(weight) if scale is None else scale
+    if scale is None:
+        peak = weight.abs().amax(-1, keepdim=True).float()
+        # by a tensor: to divide by a number, CUDA multiplies with its rounded inverse
+        scale = (peak / torch.full_like(peak, E4M3_MAX)).clamp(min=MIN_SCALE)
     values = (weight.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3).view(torch.uint8)
     return values.masked_fill(values == 0x80, 0).view(E4M3), scale

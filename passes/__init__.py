@@ -1,8 +1,9 @@
 """FX passes over Dynamo's graphs, and the Dynamo backend "hwpq" that runs them and hands over to Inductor."""
 
-from .backend import PASSES, HwpqBackend, hwpq
+from .backend import PASSES, HwpqBackend, hwpq, rewrite
 from .inline import inline_attention
 from .lower import lower
+from .merge import Siblings, merge, merged_of
 from .observe import Observed, Recorder, Use, observe
 
 __all__ = [
@@ -10,9 +11,13 @@ __all__ = [
     "HwpqBackend",
     "Observed",
     "Recorder",
+    "Siblings",
     "Use",
     "hwpq",
     "inline_attention",
     "lower",
+    "merge",
+    "merged_of",
     "observe",
+    "rewrite",
 ]

@@ -3,7 +3,10 @@
 before   %y = linear(%x, %w, %b)                             %w: Float8Sparse24Tensor
 after    %scale = clamp(div(float(amax(abs(%x))), 448))      once for each distinct %x
          %values = to(clamp(div(float(%x), %scale)), e4m3)
-         %y = hwpq_fx.linear24(%values, %scale, %w.qdata, %w.sparse_metadata, %w.scale, %b, %w.dense, ...)
+         %y = hwpq_fx.linear24(%values, %scale, %w.qdata, %w.sparse_metadata, %w.scale, %b, %w.prepacked, ...)
+
+On a GPU, where the number of rows is known, what runs is fixed here: a path that wants no FP8 activation gets none,
+and an op that Inductor can see through stands in the graph itself.
 """
 
 from collections.abc import Callable
@@ -13,6 +16,8 @@ import torch
 from torch import fx
 
 from hwpq_fx.kernels import Float8Sparse24Tensor, quantize_rows
+from hwpq_fx.kernels.packed import fits_hp
+from hwpq_fx.kernels.paths import EITHER, HP, Path, chosen, target_of
 
 from .products import Product, products
 from .values import as_traced, give_value, value_of
@@ -37,9 +42,7 @@ def lower(gm: fx.GraphModule) -> fx.GraphModule:
             follow(node)
             if node in found:
                 with graph.inserting_before(node):
-                    arguments = _arguments(graph, found[node], inputs)
-                # the node itself stays, with its name and metadata, and whoever reads it need not change
-                node.op, node.target, node.args, node.kwargs = "call_function", LINEAR24, arguments, {}
+                    _write(graph, found[node], inputs)
     lowered = fx.GraphModule(gm, graph)
     lowered.meta.update(gm.meta)
     graph.lint()
@@ -51,7 +54,7 @@ class Input(NamedTuple):
 
     x: fx.Node
     scale: fx.Node | None
-    x_grad: fx.Node | None
+    x_hp: fx.Node | None
 
 
 def _packed_along_input(product: Product) -> bool:
@@ -59,41 +62,74 @@ def _packed_along_input(product: Product) -> bool:
     return isinstance(weight, Float8Sparse24Tensor) and weight.transposed != product.linear
 
 
-def _arguments(graph: fx.Graph, product: Product, inputs: dict[tuple, Input]) -> tuple:
+def _write(graph: fx.Graph, product: Product, inputs: dict[tuple, Input]) -> None:
+    """Turn the product's node into the op. The node itself stays, with its name and metadata: whoever reads it need
+    not change."""
     weight, out = value_of(product.weight), value_of(product.node)
     wants_grad = value_of(product.x).requires_grad and out.requires_grad
+    path = _fixed_path(value_of(product.x), weight, out.dtype)
+    fp8 = weight.activation == "dynamic" and (path is None or path.fp8)
+    # which forms of x the op is given: both where only the run will tell how many rows there are
+    keeps_hp = fp8 and (wants_grad or (path is None and target_of(weight.device) is not None))
     # made at its first user's place, and shared by those to whom it is the same
-    key = (product.x, product.epoch, out.dtype, weight.activation, wants_grad)
+    key = (product.x, product.epoch, out.dtype, fp8, keeps_hp, wants_grad)
     if key not in inputs:
-        inputs[key] = _input(graph, product.x, out.dtype, weight.activation, wants_grad)
-    x, x_scale, x_grad = inputs[key]
+        inputs[key] = _input(graph, product.x, out.dtype, fp8, keeps_hp, wants_grad)
+    x, x_scale, x_hp = inputs[key]
     names = ["qdata", "sparse_metadata", "scale"]
-    # a dense layout made for another dtype (autocast) does not fit an input that is not quantized
-    if weight.dense is not None and (x_scale is not None or weight.dense.dtype == out.dtype):
-        names.append("dense")
+    if weight.prepacked is not None and (fp8 or fits_hp(weight, out.dtype)):
+        names.append("prepacked")
     parts = {name: give_value(graph.call_function(getattr, (product.weight, name))) for name in names}
-    qdata, metadata, scale = (parts[name] for name in names[:3])
-    return x, x_scale, qdata, metadata, scale, product.bias, parts.get("dense"), x_grad, out.dtype
+    prepacked = parts.pop("prepacked", None)
+    node = product.node
+    if path is not None and path.inline is not None and not out.requires_grad:
+        rows = give_value(graph.call_method("reshape", (x, (-1, value_of(x).shape[-1]))))
+        row_scale = None if x_scale is None else give_value(graph.call_method("reshape", (x_scale, (-1, 1))))
+        y = _inline(graph, path.inline, rows, row_scale, *parts.values(), product.bias, prepacked, out.dtype)
+        node.op, node.target, node.args, node.kwargs = "call_method", "view", (y, tuple(out.shape)), {}
+        return
+    name = weight.prepacked_for if prepacked is not None else ""
+    arguments = (x, x_scale, *parts.values(), product.bias, prepacked, x_hp, out.dtype, name)
+    node.op, node.target, node.args, node.kwargs = "call_function", LINEAR24, arguments, {}
 
 
-def _input(graph: fx.Graph, x: fx.Node, dtype: torch.dtype, activation: str, wants_grad: bool) -> Input:
+def _fixed_path(x: torch.Tensor, weight: Float8Sparse24Tensor, dtype: torch.dtype) -> Path | None:
+    """What a GPU will run, where the number of rows is known already."""
+    target = target_of(weight.device)
+    if target is None or any(type(size) is not int for size in x.shape):
+        return None
+    activation = EITHER if weight.activation == "dynamic" else HP
+    return chosen(target, x, weight.qdata.shape[0], dtype, activation, weight.prepacked_for)
+
+
+def _input(graph: fx.Graph, x: fx.Node, dtype: torch.dtype, fp8: bool, keeps_hp: bool, wants_grad: bool) -> Input:
     if value_of(x).dtype != dtype:
         # under autocast a product casts its input; the custom op does not
         x = give_value(graph.call_method("to", (x, dtype)))
-    if activation == "none":
+    if not fp8:
         return Input(x, None, None)
-    # gradients go straight through the rounding, by `x_grad`
+    # gradients go straight through the rounding, by `x_hp`
     source = give_value(graph.call_method("detach", (x,))) if wants_grad else x
     values, scale = _inline(graph, quantize_rows, source)
-    return Input(values, scale, x if wants_grad else None)
+    return Input(values, scale, x if keeps_hp else None)
 
 
-def _inline(graph: fx.Graph, function: Callable, x: fx.Node) -> Any:
-    """Write the torch calls of `function` into the graph."""
-    traced = fx.symbolic_trace(function).graph
-    copied = {node: x for node in traced.nodes if node.op == "placeholder"}
+def _inline(graph: fx.Graph, function: Callable, *args: Any) -> Any:
+    """Write the torch calls that `function` makes of `args` into the graph."""
+    nodes = [arg for arg in args if isinstance(arg, fx.Node)]
+    traced, made = fx.Graph(), {}
+    tracer = fx.proxy.GraphAppendingTracer(traced)
+    for node in nodes:
+        made[node] = traced.placeholder(node.name)
+    proxies = [fx.Proxy(made[arg], tracer) if isinstance(arg, fx.Node) else arg for arg in args]
+    traced.output(fx.map_arg(_unwrapped(function(*proxies)), lambda node: node))
+    copied = {made[node]: node for node in nodes}
     results = graph.graph_copy(traced, copied)
     for node, copy in copied.items():
         if node.op != "placeholder":
             give_value(copy)
     return results
+
+
+def _unwrapped(result: Any) -> Any:
+    return tuple(one.node for one in result) if isinstance(result, tuple) else result.node

@@ -22,6 +22,11 @@ OTHER = {
     "cg_rounds": 0,
     "curvature_bytes": 0,
     "activation": "none",
+    "layout": "packed",
+    "step": "prepare",
+    "max_loss": 3.5,
+    "min_speedup": 1.25,
+    "typical_rows": 64,
 }
 
 
@@ -42,6 +47,11 @@ def test_defaults():
         "cg_rounds": 3,
         "curvature_bytes": 4 * 2**30,
         "activation": "dynamic",
+        "layout": "fastest",
+        "step": None,
+        "max_loss": None,
+        "min_speedup": None,
+        "typical_rows": 1,
     }
     config.ignore.append("head")
     assert HWPQConfig().ignore == ["lm_head"], "the default is shared between configs"
@@ -97,6 +107,12 @@ def test_fields_reach_json_one_by_one(name):
         ("cg_rounds", True, "cg_rounds True"),
         ("curvature_bytes", -1, "curvature_bytes -1"),
         ("curvature_bytes", "4 GB", "curvature_bytes '4 GB'"),
+        ("step", "go", "step 'go' is not known; choose one of None, 'prepare', 'convert', 'prepare_for_loading'"),
+        ("max_loss", -0.1, "max_loss -0.1 is neither None nor a number of at least 0"),
+        ("max_loss", True, "max_loss True"),
+        ("min_speedup", 0.5, "min_speedup 0.5 is neither None nor a number of at least 1"),
+        ("typical_rows", 0, "typical_rows 0"),
+        ("layout", "dense", "layout 'dense' is not known; choose one of 'fastest', 'packed'"),
         ("activation", "static", "activation 'static' is not known; choose one of 'dynamic', 'none'"),
         ("activation", None, "activation None"),
         ("mean_rate", 0, r"mean_rate 0 is not a number in \(0, 1\)"),

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hwpq_fx.ewma import ewma
+from hwpq_fx.kernels.ewma import SCAN_BLOCK, decays, ewma, tree_size
 
 
 def naive(scores, mean_rate=1 / 8, dev_rate=1 / 4):
@@ -89,6 +89,36 @@ def test_rows_do_not_depend_on_their_company():
     for start, stop in [(0, 1), (36, 37), (5, 12), (3, 36)]:
         for part, full in zip(ewma(scores[start:stop]), whole, strict=True):
             assert torch.equal(part, full[start:stop])
+
+
+@pytest.mark.parametrize("length", [1, 3, 16, 100, 1000, SCAN_BLOCK, SCAN_BLOCK + 1, 2 * SCAN_BLOCK + 5])
+def test_later_entries_do_not_change_a_bit(length):
+    """A shorter row has smaller trees, or fewer: each is the left branch of a larger one."""
+    scores = torch.rand(2, 2 * SCAN_BLOCK + 40, generator=torch.Generator().manual_seed(length))
+    for whole, part in zip(ewma(scores), ewma(scores[:, :length]), strict=True):
+        assert torch.equal(whole[:, :length], part)
+
+
+def test_order_of_operations():
+    """Two levels of the tree and one carry by hand, in float32: the bits a kernel has to reproduce."""
+    u = torch.rand(1, SCAN_BLOCK + 4, generator=torch.Generator().manual_seed(1))
+    decay = [torch.tensor(power) for power in decays(1 / 8)]
+    mean, _ = ewma(u)
+    steps = (u * (1 / 8))[0]
+    pair = u[0, 0] * decay[0] + steps[1]
+    assert mean[0, 2] == pair
+    assert mean[0, 3] == pair * decay[0] + steps[2]
+    carry = mean[0, SCAN_BLOCK]
+    assert mean[0, SCAN_BLOCK + 1] == carry * decay[0] + steps[SCAN_BLOCK]
+    assert mean[0, SCAN_BLOCK + 2] == carry * decay[1] + (steps[SCAN_BLOCK] * decay[0] + steps[SCAN_BLOCK + 1])
+
+
+def test_decays_are_powers_that_float32_holds():
+    assert decays(1 / 8)[:3] == (0.875, 0.875**2, 0.875**4)
+    assert len(decays(1 / 8)) == SCAN_BLOCK.bit_length()
+    for rate in (1 / 4, 0.9, 1.0, 0.01):
+        assert all(power == 0 or power >= 2.0**-126 for power in decays(rate))
+    assert [tree_size(length) for length in (1, 2, 3, 128, 129)] == [1, 2, 4, 128, 128]
 
 
 def test_zeros_stay_zero_and_the_input_is_left_alone():

@@ -38,27 +38,33 @@ def test_counts_of_a_converted_model(compiled, x):
     explanation = hwpq_fx.explain(model, x)
     (graph,) = explanation.graphs
     assert graph.counts_before["linear"] == 3 and graph.counts_before["hwpq_fx.linear24"] == 0
-    assert graph.counts_after["linear"] == 0 and graph.counts_after["hwpq_fx.linear24"] == 3
+    assert graph.counts_after["linear"] == 0 and graph.counts_after["hwpq_fx.linear24"] == 2
     assert graph.counts_after["amax"] == 2
-    assert explanation.rewritten == 3
+    assert explanation.rewritten == 2
+    assert [(one.names, one.rows) for one in graph.merged] == [(("q", "k"), (K, K))]
     graph.after.graph.lint()
 
 
 def test_counts_of_an_unconverted_model(x):
     explanation = hwpq_fx.explain(Net().eval(), x)
     (graph,) = explanation.graphs
-    assert explanation.rewritten == 0 and graph.counts_before == graph.counts_after
+    assert explanation.rewritten == 0 and graph.counts_before == graph.counts_after and not graph.merged
     assert graph.counts_before["linear"] == 3
     assert "unchanged" in str(explanation)
 
 
 def test_reads_as_code_under_what_changed(x):
     text = str(hwpq_fx.explain(converted(x), x))
-    assert text.startswith("1 graph(s), 3 product(s) on packed weights")
-    assert "linear 3 -> 0" in text and "hwpq_fx.linear24 0 -> 3" in text and "amax 0 -> 2" in text
+    assert text.startswith("1 graph(s), 2 product(s) on packed weights")
+    assert (
+        "linear 3 -> 0" in text
+        and "hwpq_fx.linear24 0 -> 2" in text
+        and "merged: q, k" in text
+        and "amax 0 -> 2" in text
+    )
     before, after = text.split("after\n")
     assert before.count("torch._C._nn.linear(") == 3 and "linear24(" not in before
-    assert after.count("torch.ops.hwpq_fx.linear24.default(") == 3 and "_nn.linear(" not in after
+    assert after.count("torch.ops.hwpq_fx.linear24.default(") == 2 and "_nn.linear(" not in after
 
 
 def test_a_graph_for_each_piece(x):
@@ -93,7 +99,7 @@ def test_the_model_is_as_it_was(kind, x):
 def test_examples_of_every_kind(x):
     model = converted(x)
     for example in (x, (x,), [x], {"x": x}):
-        assert hwpq_fx.explain(model, example).rewritten == 3
+        assert hwpq_fx.explain(model, example).rewritten == 2
     with pytest.raises(TypeError, match="example is int"):
         hwpq_fx.explain(model, 3)
 
@@ -106,17 +112,17 @@ def test_an_example_that_the_model_refuses(compiled, x):
         with pytest.raises(Exception, match=r"shape|channels|fit"):
             hwpq_fx.explain(model, torch.randn(4, 3))
         torch.testing.assert_close(model(x), before, rtol=0, atol=0)
-    assert hwpq_fx.explain(model, x).rewritten == 3
+    assert hwpq_fx.explain(model, x).rewritten == 2
 
 
 def test_shows_inference(x):
     explanation = hwpq_fx.explain(converted(x), x.requires_grad_())
-    assert explanation.rewritten == 3 and explanation.graphs[0].counts_after["detach"] == 0
+    assert explanation.rewritten == 2 and explanation.graphs[0].counts_after["detach"] == 0
 
 
 def test_without_fp8_activations(x):
     explanation = hwpq_fx.explain(converted(x, activation="none"), x)
-    assert explanation.rewritten == 3 and explanation.graphs[0].counts_after["amax"] == 0
+    assert explanation.rewritten == 2 and explanation.graphs[0].counts_after["amax"] == 0
 
 
 def test_of_a_prepared_model_it_is_not_calibration(x):

@@ -5,9 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hwpq_fx.kernels import select24
 from hwpq_fx.reconstruction import MatrixFree, rechoose, reconstruct, reconstruction_loss, refine
-from hwpq_fx.saliency import score
-from hwpq_fx.selection import select24
 
 torch.set_num_threads(2)
 
@@ -23,7 +22,7 @@ def problem(seed, rows=6, channels=32, samples=128, shared=2):
     x *= torch.exp(torch.randn(channels, generator=generator))
     weight = torch.randn(rows, channels, generator=generator)
     gram = x.T @ x
-    return weight, select24(score(weight, gram.diagonal(), "contribution")).mask, x, gram
+    return weight, select24(weight, gram.diagonal())[0], x, gram
 
 
 def solved(weight, mask, gram, damping):
@@ -351,7 +350,7 @@ def test_of_equal_pairs_the_lower_indices_stay():
 def test_uncorrelated_inputs_make_it_the_order_of_contributions():
     weight, _, _, gram = problem(20)
     gram = torch.diag(gram.diagonal())
-    expected = select24(score(weight, gram.diagonal(), "contribution"), "exact").mask
+    expected = select24(weight, gram.diagonal(), selection="exact")[0]
     assert torch.equal(rechoose(weight, torch.zeros_like(weight), gram), expected)
 
 

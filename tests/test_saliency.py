@@ -3,8 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hwpq_fx.saliency import SALIENCIES, score, unit_scaled
-from hwpq_fx.selection import SELECTIONS, select24
+from hwpq_fx.kernels.saliency import SALIENCIES, score, score_with, terms_of, unit_scaled
+from hwpq_fx.kernels.select24 import SELECTIONS, choose24
 
 ROW_SCALE_FREE = [name for name in SALIENCIES if name != "relative"]
 
@@ -47,7 +47,7 @@ def test_contribution_ranks_like_wanda():
     w, s = _data(3, 32, 256)
     wanda = (w.abs() * s.sqrt()).view(-1, 4).topk(2).indices
     mask = torch.zeros(wanda.shape[0], 4, dtype=torch.bool).scatter_(1, wanda, True)
-    assert torch.equal(select24(score(w, s)).mask, mask.view_as(w))
+    assert torch.equal(choose24(score(w, s))[0], mask.view_as(w))
 
 
 @pytest.mark.parametrize("name", ROW_SCALE_FREE)
@@ -59,7 +59,7 @@ def test_masks_survive_powers_of_two(name, seed, rows, inputs):
     scaled = score(w * torch.exp2(rows.float())[:, None], s * 2.0**inputs, name)
     assert torch.equal(plain, scaled)
     for selection in SELECTIONS:
-        assert torch.equal(select24(plain, selection).mask, select24(scaled, selection).mask)
+        assert torch.equal(choose24(plain, selection)[0], choose24(scaled, selection)[0])
 
 
 @settings(deadline=None, max_examples=25)
@@ -99,6 +99,20 @@ def test_unit_scaled_is_one_exact_power_of_two(values):
     assert 0.5 <= float(y.abs().max()) < 1
     exponent = torch.frexp(x.abs().max().double()).exponent
     assert torch.equal(y, (x.double() * 2.0 ** -int(exponent)).float())
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_unit_scaled_refuses_what_is_not_finite(bad):
+    with pytest.raises(ValueError, match="finite"):
+        unit_scaled(torch.tensor([[1.0, 2.0], [bad, 1.0]]))
+
+
+@pytest.mark.parametrize("name", SALIENCIES)
+def test_given_its_terms_a_score_is_elementwise(name):
+    w, s = _data(6)
+    whole, terms = score(w, s, name), terms_of(w, s, name)
+    rows = terms._replace(row=None if terms.row is None else terms.row[2:4])
+    assert torch.equal(score_with(w[2:4], rows, name), whole[2:4])
 
 
 @pytest.mark.parametrize("name", SALIENCIES)
@@ -167,6 +181,8 @@ def test_errors():
         score(w, -s)
     with pytest.raises(ValueError, match=r"\[N, K\]"):
         score(w[0], s)
+    with pytest.raises(ValueError, match="floating point"):
+        score(w.int(), s)
     with pytest.raises(ValueError, match="not empty"):
         score(w[:, :0], s[:0])
     for bad in (torch.nan, torch.inf):

@@ -1,213 +1,16 @@
 import ast
 import inspect
+import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_select24 import adversarial, gaussian, naive_ewma
 
-from hwpq_fx import compensation, ewma, saliency, selection
-from hwpq_fx.ewma import ewma as moving_average
-from hwpq_fx.selection import DEFAULT_LAMBDA, SELECTIONS, select24, select_ratio
-
-LARGEST = float(torch.tensor(1e30))
-VALUES = st.one_of(st.sampled_from([0.0, -0.0, 1.0, 1.0, 2.0, 1e-38, 1e-45, 1e30]), st.floats(0, LARGEST, width=32))
-
-
-@st.composite
-def adversarial(draw):
-    """Scores [N, 4G] full of ties, zeros, subnormals and huge ratios."""
-    rows, groups = draw(st.integers(1, 3)), draw(st.integers(1, 12))
-    pool = draw(st.lists(VALUES, min_size=1, max_size=6))
-    picks = draw(st.lists(st.sampled_from(pool), min_size=rows * groups * 4, max_size=rows * groups * 4))
-    return torch.tensor(picks).view(rows, groups * 4)
-
-
-def gaussian(seed, rows=256, columns=256):
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).square()
-
-
-def best_two(scores):
-    """Reference: Python's stable sort of every four."""
-    mask = []
-    for group in scores.reshape(-1, 4).tolist():
-        kept = sorted(range(4), key=lambda i: -group[i])[:2]
-        mask += [i in kept for i in range(4)]
-    return torch.tensor(mask).view_as(scores)
-
-
-def stream(scores, mean, dev, lam):
-    """Reference: one element after another. Returns the mask and the share of unforced groups."""
-    rows, columns = scores.shape
-    mask = torch.ones(rows, columns, dtype=torch.bool)
-    unforced = 0
-    for r in range(rows):
-        for start in range(0, columns, 4):
-            pruned, forced = 0, False
-            for i in range(4):
-                c = start + i
-                below = bool(scores[r, c] < mean[r, c] + lam * dev[r, c])
-                if pruned == 2:
-                    forced |= below
-                    continue
-                must = 4 - i == 2 - pruned
-                forced |= must and not below
-                if below or must:
-                    mask[r, c] = False
-                    pruned += 1
-            unforced += not forced
-    return mask, unforced / (rows * columns // 4)
-
-
-def naive_ewma(scores):
-    """RFC 6298 in float64, state before each entry."""
-    x = scores.double()
-    mean, dev = x[:, 0], x[:, 0] / 2
-    means, devs = [mean], [dev]
-    for t in range(1, x.shape[1]):
-        means.append(mean)
-        devs.append(dev)
-        dev = 0.75 * dev + 0.25 * (x[:, t] - mean).abs()
-        mean = 0.875 * mean + 0.125 * x[:, t]
-    return torch.stack(means, 1), torch.stack(devs, 1)
-
-
-# 2:4
-
-
-@pytest.mark.parametrize("name", SELECTIONS)
-@settings(deadline=None, max_examples=80)
-@given(scores=adversarial(), lam=st.sampled_from([DEFAULT_LAMBDA, -2.0, 0.0, 1.0]))
-def test_exactly_two_of_every_four(name, scores, lam):
-    mask, settled = select24(scores, name, lam=lam)
-    assert mask.dtype == torch.bool
-    assert mask.shape == scores.shape
-    assert bool((mask.view(-1, 4).sum(1) == 2).all())
-    assert 0 <= settled <= 1
-
-
-@settings(deadline=None, max_examples=150)
-@given(scores=adversarial())
-def test_exact_is_the_stable_sort(scores):
-    mask, settled = select24(scores, "exact")
-    assert torch.equal(mask, best_two(scores))
-    assert settled == 0.0
-
-
-@settings(deadline=None, max_examples=150)
-@given(
-    scores=adversarial(),
-    lam=st.sampled_from([DEFAULT_LAMBDA, -2.0, 0.0, 1.0]),
-    rates=st.sampled_from([(1 / 8, 1 / 4), (1.0, 1.0), (0.01, 0.9)]),
-)
-def test_ewma_is_exact(scores, lam, rates):
-    assert torch.equal(select24(scores, "ewma", *rates, lam).mask, best_two(scores))
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_ewma_is_exact_on_ordinary_scores(seed):
-    scores = gaussian(seed)
-    assert torch.equal(select24(scores).mask, best_two(scores))
-
-
-def test_of_equal_scores_the_lower_index_stays():
-    scores = torch.tensor([[5.0, 5, 5, 5, 1, 2, 2, 2, 0, 9, 0, 0, 3, 3, 4, 3]])
-    expected = [1, 1, 0, 0, 0, 1, 1, 0, 1, 1, 0, 0, 1, 0, 1, 0]
-    for name in ("exact", "ewma"):
-        assert select24(scores, name).mask.int().tolist() == [expected]
-
-
-def test_the_threshold_settles_what_it_should():
-    assert select24(torch.tensor([[1.0, 0, 1, 0] * 20])).settled == 1.0
-    assert select24(torch.ones(2, 80)).settled == 0.0
-    # Equal to the threshold (mean 1, lam 0) is not above it.
-    assert select24(torch.tensor([[3.0, 1, 0, 0]]), lam=0.0).settled == 0.0
-    # The first group seeds the state and is settled by it; a jump by 100 is above in all four.
-    assert select24(torch.tensor([[1.0, 0, 1, 0, 100, 200, 300, 400]])).settled == 0.5
-
-
-@pytest.mark.parametrize("lam", [-1.0, DEFAULT_LAMBDA, 0.0])
-def test_settled_is_the_share_the_threshold_settles(lam):
-    scores = gaussian(7, 64, 1024)
-    mean, dev = naive_ewma(scores.view(64, 256, 4).mean(-1))
-    above = scores.view(64, 256, 4) > (mean + lam * dev).unsqueeze(-1)
-    expected = (above.sum(-1) == 2).double().mean()
-    assert select24(scores, "ewma", lam=lam).settled == pytest.approx(float(expected), abs=1e-3)
-
-
-def test_the_default_lambda_settles_about_what_a_threshold_can():
-    scores = gaussian(1, 256, 2048)
-    for name in ("ewma", "ewma_streaming"):
-        grid = [select24(scores, name, lam=-1.5 + 0.125 * i).settled for i in range(21)]
-        default = select24(scores, name).settled
-        assert default > 0.3
-        assert default > 0.9 * max(grid)
-
-
-@settings(deadline=None, max_examples=80)
-@given(scores=adversarial(), lam=st.sampled_from([DEFAULT_LAMBDA, 0.0, 0.7]))
-def test_streaming_is_the_loop_on_adversarial_scores(scores, lam):
-    got = select24(scores, "ewma_streaming", lam=lam)
-    mask, settled = stream(scores, *moving_average(scores), lam)
-    assert torch.equal(got.mask, mask)
-    assert got.settled == settled
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_streaming_is_the_loop_on_ordinary_scores(seed):
-    scores = gaussian(seed, 4, 200)
-    got = select24(scores, "ewma_streaming")
-    mask, settled = stream(scores, *naive_ewma(scores), DEFAULT_LAMBDA)
-    assert torch.equal(got.mask, mask)
-    assert got.settled == settled
-
-
-@settings(deadline=None, max_examples=40)
-@given(seed=st.integers(0, 2**31), t=st.integers(1, 63))
-def test_streaming_does_not_look_ahead(seed, t):
-    scores = gaussian(seed, 2, 64)
-    other = scores.clone()
-    other[:, t:] = gaussian(seed + 1, 2, 64)[:, t:]
-    first, second = (select24(s, "ewma_streaming").mask for s in (scores, other))
-    assert torch.equal(first[:, :t], second[:, :t])
-
-
-@pytest.mark.parametrize("name", SELECTIONS)
-@pytest.mark.parametrize("scores", [gaussian(3, 33, 512), torch.full((33, 512), 0.3)], ids=["random", "equal"])
-def test_rows_do_not_depend_on_their_company(name, scores):
-    whole = select24(scores, name).mask
-    for start, stop in [(0, 1), (32, 33), (4, 9), (1, 32)]:
-        assert torch.equal(select24(scores[start:stop], name).mask, whole[start:stop])
-
-
-@pytest.mark.parametrize("name", SELECTIONS)
-def test_dtypes_and_strides(name):
-    scores = gaussian(4, 64, 512)
-    strided = scores.T.contiguous().T
-    assert torch.equal(select24(strided, name).mask, select24(scores, name).mask)
-    half = scores.bfloat16()
-    got, expected = select24(half, name), select24(half.float(), name)
-    assert torch.equal(got.mask, expected.mask)
-    assert got.settled == expected.settled
-    for other in (half, scores.double()):
-        assert torch.equal(select_ratio(other, 0.5).mask, select_ratio(other.float(), 0.5).mask)
-
-
-def test_select24_errors():
-    with pytest.raises(ValueError, match=r"'topk'.*ewma, ewma_streaming, exact"):
-        select24(torch.rand(2, 8), "topk")
-    with pytest.raises(ValueError, match="multiple of 4 columns, got 6"):
-        select24(torch.rand(2, 6))
-    for name in SELECTIONS:
-        with pytest.raises(ValueError, match="NaN"):
-            select24(torch.tensor([[1.0, 2.0, torch.nan, 0.0]]), name)
-        with pytest.raises(ValueError, match="not empty"):
-            select24(torch.rand(0, 8), name)
-        with pytest.raises(ValueError, match=r"\[N, K\]"):
-            select24(torch.rand(8), name)
-
-
-# unstructured
+from hwpq_fx import compensation, selection
+from hwpq_fx.kernels import ewma, saliency
+from hwpq_fx.selection import select_ratio
 
 SHAPED = {
     "gaussian": lambda: gaussian(0),
@@ -286,6 +89,12 @@ def test_select_ratio_uses_its_rates():
     assert not torch.equal(select_ratio(scores, 0.5, dev_rate=0.9).mask, default)
 
 
+def test_dtypes():
+    scores = gaussian(4, 64, 512)
+    for other in (scores.bfloat16(), scores.double()):
+        assert torch.equal(select_ratio(other, 0.5).mask, select_ratio(other.float(), 0.5).mask)
+
+
 def test_select_ratio_errors():
     for ratio in (0.0, 1.0, -0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="ratio must be in"):
@@ -297,7 +106,10 @@ def test_select_ratio_errors():
         select_ratio(torch.rand(4, 0), 0.5)
 
 
-@pytest.mark.parametrize("module", [saliency, ewma, selection, compensation])
+MODULES = [saliency, ewma, sys.modules["hwpq_fx.kernels.select24"], selection, compensation]
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_the_method_never_sorts(module):
     sorters = {"sort", "sorted", "msort", "argsort", "topk", "kthvalue", "median", "nanmedian", "quantile"}
     tree = ast.walk(ast.parse(inspect.getsource(module)))

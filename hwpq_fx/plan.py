@@ -1,0 +1,278 @@
+"""Sparse where it pays: which layers become 2:4, which dense FP8, and which stay as they were."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from io import StringIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hwpq_fx.kernels.ewma import ewma
+from hwpq_fx.kernels.gpus import GPUS
+from hwpq_fx.kernels.paths import PATHS, target_of
+from hwpq_fx.kernels.roofline import DENSE_FP8, OURS, floor
+from hwpq_fx.kernels.table import table_of
+
+from .errors import ConfigError
+
+SPARSE, FP8, DENSE = STATUSES = ("sparse24_fp8", "fp8", "dense")
+FORMAT = 1
+DEFAULT_GPU = "h100"
+# RFC 6298 takes the mean and four deviations for more than is usual.
+OUTLIER_DEVIATIONS = 4
+
+
+@dataclass
+class PlannedLayer:
+    """One layer. errors: relative output error by status, as `LayerReport.error`; microseconds: time of its product at
+    the plan's number of rows, by status. A status that is not there cannot be had."""
+
+    name: str
+    shape: tuple[int, ...]
+    errors: dict[str, float]
+    microseconds: dict[str, float]
+    status: str = DENSE
+    reason: str = ""
+    """Why it is what it is, where that is not the trade of error for time."""
+
+    @property
+    def error(self) -> float:
+        return self.errors[self.status]
+
+
+class Point(NamedTuple):
+    """A stop on the way from all dense to all sparse: dense time over planned time, and the summed relative error."""
+
+    speedup: float
+    error: float
+    sparse: float
+    """Share of the multiplications that are 2:4."""
+
+
+@dataclass
+class Plan:
+    """What `hwpq_fx.plan` found and chose. Change a layer's `status` by hand as you like, then give the plan to
+    `convert`. Prints as a table; `to_dict`, `save` and `load` are for JSON."""
+
+    layers: list[PlannedLayer]
+    rows: int
+    """Rows of input that the times are for: 1 is decoding of one sequence."""
+    timing: str
+    """Where the times come from."""
+    frontier: list[Point] = field(default_factory=list)
+    """The best trades on the way from all dense to all sparse."""
+
+    @property
+    def error(self) -> float:
+        """Summed over the layers."""
+        return sum(layer.error for layer in self.layers)
+
+    @property
+    def speedup(self) -> float:
+        """Time of the products when dense over their time as planned."""
+        return speedup(self.layers)
+
+    @property
+    def sparse_share(self) -> float:
+        """Share of the multiplications that are 2:4."""
+        return sparse_share(self.layers)
+
+    def statuses(self) -> dict[str, PlannedLayer]:
+        """By name."""
+        return {layer.name: layer for layer in self.layers}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"format": FORMAT, **asdict(self), "frontier": [point._asdict() for point in self.frontier]}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Plan:
+        """Raises ConfigError, naming what does not fit."""
+        try:
+            if content["format"] != FORMAT:
+                raise ConfigError(f"the plan has format {content['format']}, this version reads {FORMAT}")
+            layers = [PlannedLayer(**layer | {"shape": tuple(layer["shape"])}) for layer in content["layers"]]
+            made = cls(layers, content["rows"], content["timing"], [Point(**one) for one in content["frontier"]])
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"this is no plan: {type(error).__name__} {error}") from error
+        for layer in made.layers:
+            check_status(layer)
+        return made
+
+    def save(self, file: str | Path) -> None:
+        Path(file).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, file: str | Path) -> Plan:
+        """Raises ConfigError where the file holds no plan, OSError where it cannot be read."""
+        try:
+            content = json.loads(Path(file).read_text())
+        except ValueError as error:
+            raise ConfigError(f"{file} is no JSON: {error}") from error
+        if not isinstance(content, dict):
+            raise ConfigError(f"{file} holds no plan")
+        return cls.from_dict(content)
+
+    def table(self) -> Table:
+        made = Table(title=f"plan for {self.rows} rows, times from {self.timing}", title_justify="left")
+        made.box, made.pad_edge = box.SIMPLE_HEAD, False
+        made.add_column("layer", overflow="fold", min_width=22)
+        for column in ("out x in", "error 2:4", "error fp8", "saves us", "becomes"):
+            made.add_column(column, justify="right")
+        for layer in self.layers:
+            saved = layer.microseconds[DENSE] - layer.microseconds[layer.status]
+            became = Text(layer.status + (f" ({layer.reason})" if layer.reason else ""))
+            errors = [f"{layer.errors[status]:.3f}" if status in layer.errors else "-" for status in (SPARSE, FP8)]
+            made.add_row(Text(layer.name), "x".join(map(str, layer.shape)), *errors, f"{saved:.2f}", became)
+        return made
+
+    def summary(self) -> str:
+        counts = ", ".join(f"{sum(one.status == status for one in self.layers)} {status}" for status in STATUSES)
+        return (
+            f"{counts}; {self.sparse_share:.0%} of the multiplications are 2:4; products {self.speedup:.2f}x "
+            f"as fast as dense, by {self.timing}; summed relative error {self.error:.3f}"
+        )
+
+    def __str__(self) -> str:
+        text = StringIO()
+        console = Console(file=text, width=120, color_system=None, force_terminal=False, force_jupyter=False)
+        console.print(self.table())
+        console.print(self.summary(), highlight=False, soft_wrap=True)
+        return text.getvalue()
+
+    def plot(self, file: str | Path) -> None:
+        """Draw the frontier, speed against error, and where this plan stands. Raises ImportError without matplotlib
+        (`pip install 'hwpq_fx[plot]'`)."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot([p.error for p in self.frontier], [p.speedup for p in self.frontier], marker=".", label="frontier")
+        axes.plot([self.error], [self.speedup], marker="o", linestyle="none", label="this plan")
+        axes.set_xlabel("summed relative error of the layers' outputs")
+        axes.set_ylabel(f"products, times as fast as dense ({self.rows} rows)")
+        axes.set_title(f"times from {self.timing}", fontsize="small")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(file)
+
+
+def check_status(layer: PlannedLayer) -> None:
+    """Raise ConfigError where the layer is to become what it cannot."""
+    if layer.status not in layer.errors or layer.status not in layer.microseconds:
+        possible = ", ".join(status for status in STATUSES if status in layer.errors)
+        raise ConfigError(f"the plan makes {layer.name} {layer.status!r}; it can be {possible}")
+
+
+def speedup(layers: Iterable[PlannedLayer]) -> float:
+    layers = list(layers)
+    planned = sum(layer.microseconds[layer.status] for layer in layers)
+    return sum(layer.microseconds[DENSE] for layer in layers) / planned if planned else 1.0
+
+
+def sparse_share(layers: Iterable[PlannedLayer]) -> float:
+    sizes = [(layer.shape[0] * layer.shape[1], layer.status == SPARSE) for layer in layers]
+    return sum(size for size, sparse in sizes if sparse) / max(1, sum(size for size, _ in sizes))
+
+
+def times_of(
+    shape: tuple[int, ...], rows: int, gpu: str, device: torch.device, statuses: Iterable[str]
+) -> tuple[dict[str, float], str]:
+    """Microseconds of a product with W [N, K] by status, and where they come from: the table that `hwpq-fx tune` made
+    on this device where there is one that holds them, else the roofline of `gpu`. Raises ConfigError for a GPU that is
+    not known."""
+    if gpu not in GPUS:
+        raise ConfigError(f"gpu {gpu!r} is not known; choose one of {', '.join(GPUS)}")
+    target = target_of(device)
+    paths = {DENSE: ("bf16",), FP8: DENSE_FP8, SPARSE: tuple(PATHS)}
+    measured = table_of(target.name).times(rows, *shape) if target else {}
+    if all(any(name in measured for name in paths[status]) for status in statuses):
+        best = {status: min(measured[name] for name in paths[status] if name in measured) for status in statuses}
+        return best, f"measurement on {target.name}"
+    ops = paths | {SPARSE: OURS}
+    best = {status: 1e6 * min(floor(op, rows, *shape, GPUS[gpu]).seconds for op in ops[status]) for status in statuses}
+    return best, f"the roofline model of {GPUS[gpu].name}"
+
+
+def mark_outliers(layers: Sequence[PlannedLayer]) -> None:
+    """Note as outlier each layer whose 2:4 error is above the moving mean of its like (the same last part of the name,
+    in the blocks before it) by more than four moving deviations."""
+    kinds: dict[str, list[PlannedLayer]] = {}
+    for layer in layers:
+        if SPARSE in layer.errors:
+            kinds.setdefault(layer.name.rpartition(".")[2], []).append(layer)
+    for alike in kinds.values():
+        errors = torch.tensor([[layer.errors[SPARSE] for layer in alike]])
+        mean, dev = ewma(errors)
+        unusual = (errors > mean + OUTLIER_DEVIATIONS * dev)[0]
+        for layer, is_outlier in zip(alike, unusual.tolist(), strict=True):
+            if is_outlier:
+                layer.reason = "outlier"
+
+
+def decide(layers: Sequence[PlannedLayer], max_loss: float | None, min_speedup: float | None) -> list[Point]:
+    """Set the status of every layer but outliers and those that have no choice, and give the frontier.
+
+    From all dense, the step with the least error for a microsecond saved is taken first; a step makes a dense layer FP8
+    or 2:4, or an FP8 layer 2:4 (or the other way, where that is faster). Steps that would take the summed error above
+    `max_loss` are passed over; with `min_speedup` they end once it is reached. With neither, every step is taken.
+    """
+    for layer in layers:
+        layer.status = DENSE
+    free = [layer for layer in layers if layer.reason == ""]
+    moves = [move for layer in free for move in _moves(layer)]
+    moves.sort(key=lambda move: move.price)
+    error = 0.0
+    before = sum(layer.microseconds[DENSE] for layer in layers)
+    now, multiplications = before, max(1, sum(layer.shape[0] * layer.shape[1] for layer in layers))
+    sparse, frontier, reached = 0, [Point(1.0, 0.0, 0.0)], False
+    frontier_error = 0.0  # the frontier goes on, whatever the bounds
+    for move in moves:
+        layer = move.layer
+        frontier_error += move.error
+        now -= move.saved
+        sparse += layer.shape[0] * layer.shape[1] * ((move.status == SPARSE) - (move.before == SPARSE))
+        frontier.append(Point(before / now, frontier_error, sparse / multiplications))
+        if reached or layer.status != move.before:  # a later step builds on the one before it
+            continue
+        if max_loss is not None and error + move.error > max_loss:
+            continue
+        layer.status = move.status
+        error += move.error
+        reached = min_speedup is not None and speedup(layers) >= min_speedup
+    return frontier
+
+
+class _Move(NamedTuple):
+    layer: PlannedLayer
+    before: str
+    status: str
+    error: float
+    saved: float
+
+    @property
+    def price(self) -> float:
+        return self.error / self.saved
+
+
+def _moves(layer: PlannedLayer) -> list[_Move]:
+    """The steps of a layer that save time, each dearer than the one before: the lower hull of error over time saved."""
+    moves: list[_Move] = []
+    at = DENSE
+    while True:
+        steps = [
+            _Move(layer, at, status, layer.errors[status] - layer.errors[at], saved)
+            for status in (FP8, SPARSE)
+            if status in layer.errors and (saved := layer.microseconds[at] - layer.microseconds[status]) > 0
+        ]
+        if not steps:
+            return moves
+        moves.append(min(steps, key=lambda move: move.price))
+        at = moves[-1].status

@@ -1,0 +1,122 @@
+"""What a conversion would do to a model's layers, from its config alone: no weight is read."""
+
+from dataclasses import asdict, dataclass
+from io import StringIO
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hwpq_fx.kernels.roofline import packed_bytes
+
+from .compress import cannot_compress, shape_of
+from .config import DEFAULT_IGNORE, HWPQConfig
+from .curvature import CurvatureBudget, GramMatrix
+from .errors import ModelError
+from .layers import layers_of
+from .targets import check_all_match, matches
+
+
+@dataclass
+class LayerSize:
+    """One layer: what it would become and why, and its bytes now and then."""
+
+    name: str
+    shape: tuple[int, int]
+    status: str
+    reason: str
+    dense_bytes: int
+    bytes: int
+
+
+@dataclass
+class DryRun:
+    """Every layer that a conversion would look at. Prints as a table."""
+
+    layers: list[LayerSize]
+    model_bytes: int
+    """All parameters and buffers, now."""
+    statistics_bytes: int
+    """What calibration would gather, at most: sums of squares, and with "cg" X^T X or samples of rows."""
+
+    @property
+    def converted_bytes(self) -> int:
+        """All parameters and buffers, then."""
+        return self.model_bytes - sum(layer.dense_bytes - layer.bytes for layer in self.layers)
+
+    @property
+    def memory_bytes(self) -> int:
+        """What `convert` takes at its fullest, activations left out: dense and packed weights and the statistics."""
+        packed = sum(layer.bytes for layer in self.layers if layer.status != "dense")
+        return self.model_bytes + packed + self.statistics_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"converted_bytes": self.converted_bytes, "memory_bytes": self.memory_bytes}
+
+    def __str__(self) -> str:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in ("layer", "out x in", "becomes", "MiB"):
+            table.add_column(column, overflow="fold")
+        for layer in self.layers:
+            becomes = layer.status + (f": {layer.reason}" if layer.reason else "")
+            before, after = layer.dense_bytes / 2**20, layer.bytes / 2**20
+            size = f"{before:.1f} > {after:.1f}" if layer.status != "dense" else f"{before:.1f}"
+            table.add_row(Text(layer.name), "x".join(map(str, layer.shape)), Text(becomes), size)
+        text = StringIO()
+        console = Console(file=text, width=110, color_system=None, force_terminal=False, force_jupyter=False)
+        console.print(table)
+        gib = (self.model_bytes / 2**30, self.converted_bytes / 2**30, self.memory_bytes / 2**30)
+        console.print("model {:.2f} GiB > {:.2f} GiB; converting takes {:.2f} GiB and the activations".format(*gib))
+        return text.getvalue()
+
+
+def dry_run(source: str, config: HWPQConfig) -> DryRun:
+    """Look at a causal language model, a folder or a hub id, on the meta device.
+
+    Raises ConfigError for a pattern that matches nothing, ModelError where there is no such model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        described = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{source}: {error}") from error
+    if getattr(described, "quantization_config", None) is not None:
+        raise ModelError(f"{source} is quantized already")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(described, dtype=described.dtype or torch.float32)
+    names = [name for layer in layers_of(model) for name in layer.names]
+    check_all_match("targets", config.targets or (), names)
+    check_all_match("ignore", [pattern for pattern in config.ignore if pattern not in DEFAULT_IGNORE], names)
+    budget = CurvatureBudget(config.curvature_bytes if config.compensation == "cg" else 0)
+    found, statistics = [], 0
+    for layer in layers_of(model):
+        use = layer.static_use
+        if use is None:
+            continue
+        rows, cols = shape_of(layer.parameter, [use])
+        reason = cannot_compress(layer, [use], config)
+        if config.targets is not None and not any(matches(n, p) for n in layer.names for p in config.targets):
+            reason = "not in targets"
+        if any(matches(n, p) for n in layer.names for p in config.ignore):
+            reason = "ignored"
+        if layer.tied:
+            reason = f"shared with {', '.join(layer.tied)}"
+        dense = layer.parameter.nbytes
+        if reason:
+            found.append(LayerSize(layer.name, (rows, cols), "dense", reason, dense, dense))
+            continue
+        status, size = ("sparse24_fp8", packed_bytes(rows, cols)) if config.sparsity == "2:4" else ("fp8", 0)
+        size = size or rows * cols + 4 * rows
+        curvature = budget.grant(cols, torch.device("meta"))
+        statistics += 8 * cols
+        if isinstance(curvature, GramMatrix):
+            statistics += curvature.matrix.nbytes
+        elif curvature is not None:
+            statistics += 4 * cols * curvature.capacity
+        found.append(LayerSize(layer.name, (rows, cols), status, "", dense, size))
+    total = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    return DryRun(found, total, statistics)

@@ -1,0 +1,432 @@
+"""`hwpq-fx bench` without a GPU: who is refused a speed, what is summed, what is written where."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import hwpq_fx.bench as bench_module
+from clocks import MACHINE, TINY, FakeClock
+from hwpq_fx import bench_linears, bench_models, bench_report, bench_run, contenders
+from hwpq_fx.bench import bench, wrong_of_ours
+from hwpq_fx.bench_report import END, NOT_MEASURED, START, Target, sums, targets, worst_ratio, write_readme
+from hwpq_fx.errors import ConfigError
+from hwpq_fx.kernels.paths import REFERENCE
+from hwpq_fx.kernels.paths import Target as Gpu
+from hwpq_fx.linears import MERGED, SEPARATE, decoder
+from hwpq_fx.machine import commit, slug, sources
+from hwpq_fx.measure import GpuLost
+
+LAYER = {MERGED: [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]}
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """The contenders of a GPU, on the CPU: paths in Triton's interpreter, the dispatcher's pick is the reference."""
+    monkeypatch.setattr(contenders, "target_of", lambda device: Gpu(90, "H100"))
+    monkeypatch.setattr(contenders, "chosen", lambda *arguments: REFERENCE[True])
+
+
+def run_of(tmp_path, clock=None, **effort):
+    effort = bench_run.QUICK._replace(copy_bytes=64, matrix=8, **effort)
+    return bench_run.Bench(clock or FakeClock(), MACHINE, effort, tmp_path / "gpu.json", lambda text: None)
+
+
+def tiny(tmp_path):
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY))
+    return str(tmp_path / "tiny.json")
+
+
+def line(n, k, m, contender, us, status="ok", **more):
+    return {"n": n, "k": k, "m": m, "contender": contender, "status": status, "median_us": us, "error": "", **more}
+
+
+def test_linears_of_the_models_and_of_a_config(tmp_path):
+    llama = decoder("llama-3-8b")
+    assert [one.shape for one in llama.form(MERGED)] == LAYER[MERGED]
+    assert [one.shape for one in llama.form(SEPARATE)].count((1024, 4096)) == 2
+    assert len(llama.shapes()) == 6 and len(llama.shapes([MERGED])) == 4
+    assert [one.shape for one in decoder(tiny(tmp_path)).form(MERGED)] == [(128, 64), (64, 64), (256, 64), (64, 128)]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"hidden_size": 0}', json.dumps(TINY | {"hidden_size": -64})])
+def test_a_file_that_is_no_config_is_refused(tmp_path, content):
+    file = tmp_path / "config.json"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match="LLaMA family"):
+        decoder(str(file))
+    with pytest.raises(ConfigError, match="llama-3-8b"):
+        decoder("llama-9")
+
+
+def test_what_runs_here_is_right_and_timed(on_cpu):
+    shape = bench_linears.Shape(FakeClock(), (64, 128), contenders.contenders())
+    lines = {one["contender"]: one for one in shape.lines(3, 0.1, shape.contenders)}
+    assert set(lines) == {one.name for one in contenders.contenders()}, "nobody is dropped"
+    for name in ("bf16", "fp8 weight-only", "hwpq", "gemv", "tiles", "quantize alone"):
+        assert lines[name]["status"] == "ok" and lines[name]["median_us"] > 0, lines[name]
+    assert lines["hwpq"]["path"] == "reference"
+    # no GPU for these: listed, with the reason, without a time
+    for name in ("fp8 dynamic", "torchao 2:4", "torchao int4"):
+        assert lines[name]["status"] == "failed" and lines[name]["error"] and "median_us" not in lines[name]
+
+
+def test_sets_are_copies_and_rotate(on_cpu):
+    clock = FakeClock(l2_bytes=20_000)
+    shape = bench_linears.Shape(clock, (64, 128), contenders.contenders())
+    (made,) = shape.lines(1, 0.1, [shape.contenders[0]])
+    work = clock.regions[0].work
+    weights = [call.args[1].data_ptr() for call in work]
+    assert len(set(weights)) == -(-3 * 20_000 // (64 * 128 * 2 + 2 * 128 + 2 * 64)) and made["calls"] == len(weights)
+
+
+@pytest.mark.parametrize("name", ["bf16", "gemv", "hwpq", "scaled_mm alone", "quantize alone"])
+def test_a_wrong_result_has_no_speed(on_cpu, monkeypatch, name):
+    (one,) = [one for one in contenders.contenders() if one.name == name]
+    if name == "scaled_mm alone":
+        monkeypatch.setattr(torch, "_scaled_mm", lambda x, w, *scales, **more: (x.float() @ w.float()).bfloat16())
+    weight = torch.randn(64, 128, dtype=torch.bfloat16)
+    built = one.build(weight)
+
+    def wrong(*arguments):
+        outputs = built.call(*arguments)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        outputs = tuple(part.float().clone().to(part.dtype) for part in outputs)
+        outputs[0][1] = 3.0
+        return outputs
+
+    x = torch.randn(4, 128, dtype=torch.bfloat16)
+    made = bench_linears.measure_built(FakeClock(), built._replace(call=wrong), x, 64, 1, 0.1)
+    assert made["status"] == "wrong" and "error" in made and "median_us" not in made
+
+
+def test_rows_beyond_a_contender_are_skipped_with_a_word(on_cpu):
+    few = contenders.Contender("few", "peer", "", lambda weight: None, most_rows=2)
+    (made,) = bench_linears.Shape(FakeClock(), (64, 128), [few]).lines(3, 0.1, [few])
+    assert made == {"n": 64, "k": 128, "m": 3, "contender": "few", "status": "skipped",
+                    "error": "made for at most 2 rows"}  # fmt: skip
+
+
+def test_a_path_that_does_not_serve_says_why(on_cpu, monkeypatch):
+    path = contenders.PATHS["gemv"]._replace(why_not=lambda *arguments: "not here")
+    one = contenders.Contender("gemv", "path", "", lambda weight: contenders._path(path, weight))
+    (made,) = bench_linears.Shape(FakeClock(), (64, 128), [one]).lines(1, 0.1, [one])
+    assert (made["status"], made["error"]) == ("unserved", "not here")
+
+
+def test_the_first_is_timed_again(on_cpu):
+    only = contenders.contenders()[:1]
+    (made,) = bench_linears.linears(FakeClock(), [(64, 128)], [1], only, 0.1)
+    assert [one["contender"] for one in made] == ["bf16", "bf16 again"]
+
+
+def layer_lines(us, m=1, shapes=LAYER[MERGED]):
+    return [line(n, k, m, name, value) for n, k in shapes for name, value in us.items()]
+
+
+def test_sums_go_over_a_whole_layer_and_take_the_best_dense_fp8_of_each():
+    lines = layer_lines({"bf16": 10.0, "fp8 dynamic": 6.0, "fp8 weight-only": 5.0, "hwpq": 4.0})
+    lines += [line(4096, 4096, 1, "quantize alone", 1.0), line(4096, 4096, 1, "scaled_mm alone", 3.0)]
+    lines[-3]["status"] = "wrong"  # hwpq at 4096 x 14336
+    made = {(one.form, one.contender): one.us for one in sums(lines, ["llama-3-8b"])}
+    assert made == {(MERGED, "bf16"): 40.0, (MERGED, "fp8 dynamic"): 24.0, (MERGED, "fp8 weight-only"): 20.0,
+                    (MERGED, "best dense fp8"): 19.0}  # fmt: skip
+    assert worst_ratio(lines) == 1.0
+
+
+def result_of(lines=(), prune=(), generate=(), **more):
+    ceilings = {"copy_bytes_per_s": 3e12, "bf16_flops": 8e14}
+    return bench_run.fresh(MACHINE) | {"linears": list(lines), "prune": list(prune), "generate": list(generate),
+                                       "ceilings": ceilings, "stopped": "", "failures": [], "complete": True,
+                                       "models": ["llama-3-8b"], **more}  # fmt: skip
+
+
+def test_targets_of_a_result():
+    lines = layer_lines({"bf16": 100.0, "fp8 dynamic": 60.0, "hwpq": 30.0})
+    lines += layer_lines({"bf16": 100.0, "fp8 dynamic": 60.0, "hwpq": 45.0}, 4096)
+    prune = [{"contender": "copy", "median_us": 10.0}, {"contender": "prune_pack24", "median_us": 50.0},
+             {"contender": "wanda, slow", "median_us": 900.0}, {"contender": "wanda, fast", "median_us": 400.0},
+             {"contender": "wanda, broken", "status": "failed"}]  # fmt: skip
+    generate = [{"work": work, "batch": 1, "variant": name, "ms_per_token": ms}
+                for work, name, ms in (("decode", "bf16", 8.0), ("decode", "fp8 weight-only", 5.0),
+                                       ("decode", "fp8 dynamic", 6.0), ("decode", "hwpq", 4.0),
+                                       ("prefill", "hwpq", 1.0))]  # fmt: skip
+    made = {one.what: (one.measured, one.verdict) for one in targets(result_of(lines, prune, generate))}
+    moved = sum(n * k * 5 // 8 + 4 * n + 2 * n + 2 * k for n, k in LAYER[MERGED])
+    assert made == {
+        "M = 1, share of the measured copy bandwidth": (pytest.approx(moved / 120e-6 / 3e12), "missed"),
+        "M = 1, times the best dense FP8": (2.0, "met"),
+        "M = 1, times bf16": (pytest.approx(10 / 3), "met"),
+        "M = 64, times dense FP8": (None, "not measured"),
+        "M = 512, times dense FP8": (None, "not measured"),
+        "M = 4096, times dense FP8": (pytest.approx(4 / 3), "missed"),
+        "M = 16384, times dense FP8": (None, "not measured"),
+        "M = 4096, times bf16": (pytest.approx(20 / 9), "missed"),
+        "any shape and M, times the best dense FP8 (the worst)": (pytest.approx(4 / 3), "met"),
+        "prune_pack24, times the time to copy the same bytes": (5.0, "accepted"),
+        "prune_pack24, times vectorised Wanda + quantize + compress": (8.0, "missed"),
+        "generate, batch 1, times compiled bf16": (2.0, "accepted"),
+        "generate, batch 1, times compiled dense FP8": (1.25, "met"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("measured", "least", "verdict"),
+    [(3.0, True, "met"), (2.9, True, "accepted"), (1.9, True, "missed"), (None, True, "not measured"),
+     (2.0, False, "met"), (2.5, False, "accepted"), (3.1, False, "missed")],
+)  # fmt: skip
+def test_verdicts(measured, least, verdict):
+    aims = (3.0, 2.0) if least else (2.0, 3.0)
+    assert Target("it", *aims, measured, least).verdict == verdict
+
+
+def test_floor_is_the_roofline_model_of_what_ran():
+    gpu = bench_report.gpu_named(MACHINE["device"])
+    assert gpu is not None and bench_report.gpu_named("GeForce") is None
+
+    def at(name, **more):
+        return bench_report.floor_us(line(4096, 4096, 1, name, 1.0, **more), gpu)
+
+    assert at("bf16") == at("bf16 again") > at("gemv") == at("hwpq", path="gemv")
+    assert at("cutlass") > at("cutlass alone") and at("quantize alone") < at("bf16")
+    assert at("hwpq", path="reference") is None and bench_report.floor_us(line(8, 8, 1, "bf16", 1.0), None) is None
+
+
+def test_readme_is_written_between_its_markers_only(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{START}\nstale\n{END}\nafter\n")
+    write_readme(readme, [])
+    assert readme.read_text() == f"before\n{START}\n{NOT_MEASURED}\n{END}\nafter\n"
+    write_readme(readme, [result_of(layer_lines({"bf16": 100.0, "hwpq": 30.0}))])
+    text = readme.read_text()
+    assert "H100" in text and "| 1 | 400.0 |" in text and "3.33 | met |" in text and "not measured" in text
+    assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text
+
+
+@pytest.mark.parametrize("text", ["", START, END, f"{END}{START}", f"{START}{END}{START}{END}"])
+def test_readme_without_one_pair_of_markers_is_left_alone(tmp_path, text):
+    readme = tmp_path / "README.md"
+    readme.write_text(text)
+    with pytest.raises(ValueError, match="bench:start"):
+        write_readme(readme, [])
+    assert readme.read_text() == text
+
+
+def test_lines_that_were_refused_are_named_in_the_readme(tmp_path):
+    lines = [
+        line(8, 8, 1, "hwpq", 0.0, "wrong"),
+        line(8, 8, 1, "bf16", 1.0),
+        line(8, 8, 1, "torchao int4", 0, "failed"),
+    ]
+    text = bench_report.markdown([result_of(lines)])
+    assert "No speed is given for 2 of 3 lines: hwpq (wrong), torchao int4 (failed)." in text
+
+
+def test_a_whole_run_is_on_disk_after_every_step(on_cpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_run, "contenders", lambda: contenders.contenders()[:1])
+    run, model = run_of(tmp_path, rows=(1, 2)), tiny(tmp_path)
+    seen = []
+    monkeypatch.setattr(run, "say", lambda text: seen.append(len(json.loads(run.file.read_text())["linears"])))
+    result = run.run([("linears", model)])
+    assert seen == [0, 2, 4, 6, 8, 10, 12, 14] and result["complete"]
+    assert json.loads(run.file.read_text()) == json.loads(json.dumps(result))
+    assert result["machine"] == MACHINE and result["ceilings"]["copy_bytes_per_s"] > 0
+    assert {"median_us", "p20_us", "p80_us", "floor_us", "status", "model"} <= set(result["linears"][0])
+    assert [one["contender"] for one in result["sums"]].count("bf16") == 2
+
+
+def test_budget_ends_a_run_early_and_says_so(on_cpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_run, "contenders", lambda: contenders.contenders()[:1])
+    result = run_of(tmp_path, rows=(1, 2), budget=0.0).run([("linears", tiny(tmp_path)), ("prune", tiny(tmp_path))])
+    assert len(result["linears"]) == 2 and not result["complete"] and "budget" in result["stopped"]
+
+
+def test_a_later_run_of_the_same_code_adds_and_replaces(on_cpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_run, "contenders", lambda: contenders.contenders()[:1])
+    model = tiny(tmp_path)
+    run_of(tmp_path, rows=(1,)).run([("linears", model)])
+    again = run_of(tmp_path, FakeClock(took=(1.0,) * 5), rows=(2,)).run([("linears", model)])
+    assert sorted({one["m"] for one in again["linears"]}) == [1, 2] and len(again["linears"]) == 16
+    third = run_of(tmp_path, FakeClock(took=(1.0,) * 5), rows=(1,)).run([("linears", model)])
+    assert len(third["linears"]) == 16 and {one["median_us"] for one in third["linears"]} == {1e6}
+    run = run_of(tmp_path, rows=(1,))
+    assert bench_run.earlier(run.file, MACHINE | {"sources": "other"}) == {}
+    run.file.write_text("{")
+    assert bench_run.earlier(run.file, MACHINE) == {}
+
+
+def test_a_lost_gpu_leaves_what_there_was(on_cpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_run, "contenders", lambda: contenders.contenders()[:1])
+
+    def broken(*arguments):
+        yield [{"model": "x", "contender": "copy", "status": "ok", "median_us": 1.0}]
+        raise GpuLost("illegal address")
+
+    monkeypatch.setattr(bench_run.Bench, "_prune", broken)
+    run = run_of(tmp_path)
+    with pytest.raises(GpuLost):
+        run.run([("prune", "llama-3-8b"), ("linears", tiny(tmp_path))])
+    kept = json.loads(run.file.read_text())
+    assert "illegal address" in kept["stopped"] and len(kept["prune"]) == 1 and not kept["linears"]
+
+
+def test_one_groups_trouble_is_not_anothers(on_cpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_run, "contenders", lambda: contenders.contenders()[:1])
+    monkeypatch.setattr(bench_run, "layers", lambda *arguments: 1 / 0)
+    model = tiny(tmp_path)
+    result = run_of(tmp_path, rows=(1,)).run([("layers", model), ("linears", model)])
+    assert "ZeroDivisionError" in result["failures"][0] and result["linears"] and not result["complete"]
+
+
+def test_pruning_is_right_and_beside_its_peers(on_cpu, tmp_path):
+    result = run_of(tmp_path).run([("prune", tiny(tmp_path))])
+    by = {one["contender"]: one for one in result["prune"]}
+    for name in ("copy", "prune_pack24", "wanda, quantize, pack24", "wanda, quantize compiled, pack24"):
+        assert by[name]["status"] == "ok", by[name]
+    assert by["wanda, quantize, torchao's CUTLASS compress"]["status"] == "failed"
+    weights = sum(one.n * one.k for one in decoder(tiny(tmp_path)).separate)
+    assert by["copy"]["weights"] == weights and by["copy"]["bytes"] > 2.6 * weights
+
+
+def test_a_wrong_mask_has_no_speed(on_cpu, tmp_path, monkeypatch):
+    from hwpq_fx import bench_prune
+
+    def lower(weight, sum_sq):  # keeps the two smallest
+        return bench_prune.prune_pack24(1 / (weight.float().abs() + 1e-3), sum_sq)
+
+    monkeypatch.setattr(bench_prune, "_ours", lower)
+    by = {one["contender"]: one for one in run_of(tmp_path).run([("prune", tiny(tmp_path))])["prune"]}
+    assert by["prune_pack24"]["status"] == "wrong" and "bytes of" in by["prune_pack24"]["error"]
+    assert by["wanda, quantize, pack24"]["status"] == "ok"
+    assert wrong_of_ours(bench_run.fresh(MACHINE) | {"prune": list(by.values())}) == ["prune: contender prune_pack24"]
+
+
+def small_config():
+    from transformers import LlamaConfig
+
+    return LlamaConfig(vocab_size=256, dtype=torch.bfloat16, initializer_range=0.2, **TINY)
+
+
+@pytest.fixture
+def small_models(monkeypatch):
+    monkeypatch.setattr(bench_models, "config_of", lambda model: small_config())
+    monkeypatch.setattr(bench_models, "VARIANTS", ("bf16", "hwpq"))
+    monkeypatch.setattr(bench_models, "TOKENS", ((1, 5),))
+    monkeypatch.setattr(bench_models, "WORKS", (bench_models.Work("decode", 1, 1, 3),))
+
+
+def test_decoder_layers(small_models, monkeypatch):
+    with torch.no_grad():
+        ((dense, ours),) = bench_models.layers(FakeClock(), "tiny", 0.1)
+        assert dense["status"] == ours["status"] == "ok" and ours["median_us"] > 0
+        monkeypatch.setattr(bench_models, "float64_weights",
+                            lambda module: {name: 2 * one.double() for name, one in real(module).items()})  # fmt: skip
+        ((dense, ours),) = bench_models.layers(FakeClock(), "tiny", 0.1)
+        assert dense["status"] == ours["status"] == "wrong" and "median_us" not in ours
+
+
+real = bench_models.float64_weights
+
+
+def test_generate_runs_compiled_and_counts_its_tokens(small_models, monkeypatch):
+    with torch.no_grad(), torch._dynamo.config.patch(bench_run.COMPILING):
+        (dense,), (ours,) = bench_models.generation(torch.device("cpu"), "tiny")
+        assert dense["status"] == ours["status"] == "ok", (dense, ours)
+        assert ours["variant"] == "hwpq" and ours["ms_per_token"] == pytest.approx(ours["ms"] / 3)
+        assert ours["forward_ms"] > 0
+
+
+def test_generate_with_other_logits_has_no_speed(small_models, monkeypatch):
+    monkeypatch.setattr(bench_models, "LOGITS_BOUND", -1.0)
+    with torch.no_grad():
+        made = [line for lines in bench_models.generation(torch.device("cpu"), "tiny") for line in lines]
+    assert {one["status"] for one in made} == {"wrong"} and "ms" not in made[0]
+
+
+def test_configs_are_those_of_the_models_measured():
+    for name in ("llama-3-8b", "qwen2.5-7b", "llama-3.2-1b"):
+        config = bench_models.config_of(name)
+        queries = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // 28)
+        shapes = {one.name: one.shape for one in decoder(name).separate}
+        assert shapes["q_proj"] == (queries, config.hidden_size)
+        assert shapes["up_proj"] == (config.intermediate_size, config.hidden_size)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+@pytest.mark.parametrize("arguments", [[], ["--quick"], ["--only", "prune"]])
+def test_without_a_gpu_it_exits_with_2(tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(bench, arguments)
+    assert done.exit_code == 2 and "nothing to measure" in done.output and not list(tmp_path.iterdir())
+
+
+def test_table_needs_no_gpu(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").write_text(f"{START}\n{END}\n")
+    assert CliRunner().invoke(bench, ["--table"]).exit_code == 0
+    assert NOT_MEASURED in (tmp_path / "README.md").read_text()
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    (results / "cpu.json").write_text("{}")
+    (results / "gpu.json").write_text(json.dumps(result_of(layer_lines({"bf16": 1.0}))))
+    assert CliRunner().invoke(bench, ["--table"]).exit_code == 0
+    assert "H100" in (tmp_path / "README.md").read_text()
+
+
+def test_a_readme_without_markers_is_left_alone(fake_gpu, tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    assert CliRunner().invoke(bench, ["--table"]).exit_code == 2
+    done = CliRunner().invoke(bench, [])
+    assert done.exit_code == 0 and "no table is written" in done.output
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch, on_cpu, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench_module, "no_gpu", lambda: "")
+    monkeypatch.setattr(bench_module, "describe_machine", lambda: MACHINE)
+    monkeypatch.setattr(bench_module, "CudaClock", FakeClock)
+    monkeypatch.setattr(bench_module, "PLAN", (("linears", tiny(tmp_path)),))
+    monkeypatch.setattr(bench_module, "FULL", bench_run.FULL._replace(copy_bytes=64, matrix=8, rows=(1,)))
+    monkeypatch.setattr(bench_run, "contenders", lambda: [contenders.contenders()[0]])
+
+
+def test_the_command_writes_json_and_readme(fake_gpu, tmp_path):
+    (tmp_path / "README.md").write_text(f"{START}\n{END}\n")
+    done = CliRunner().invoke(bench, [])
+    assert done.exit_code == 0, done.output
+    made = json.loads((tmp_path / "benchmarks/results/nvidia-h100-80gb-hbm3.json").read_text())
+    assert made["complete"] and {one["status"] for one in made["linears"]} == {"ok"}
+    assert "H100" in (tmp_path / "README.md").read_text() and "not measured" in done.output
+
+
+def test_the_command_exits_with_1_where_ours_is_wrong(fake_gpu, tmp_path, monkeypatch):
+    broken = contenders.contenders()[0]._replace(
+        name="hwpq", build=lambda weight: contenders._bf16(weight)._replace(call=lambda x, w: x @ w.t() + 1)
+    )
+    monkeypatch.setattr(bench_run, "contenders", lambda: [broken])
+    done = CliRunner().invoke(bench, [])
+    assert done.exit_code == 1 and "wrong, so without a speed: linears" in done.output
+    assert "median_us" not in (tmp_path / "benchmarks/results/nvidia-h100-80gb-hbm3.json").read_text()
+
+
+def test_the_command_exits_with_1_where_the_gpu_is_lost(fake_gpu, monkeypatch):
+    monkeypatch.setattr(bench_module, "CudaClock", lambda: FakeClock(lost=GpuLost("gone")))
+    monkeypatch.setattr(contenders, "_bf16", lambda weight: 1 / 0)
+    monkeypatch.setattr(bench_run, "contenders", contenders.contenders)
+    done = CliRunner().invoke(bench, [])
+    assert done.exit_code == 1 and "gone" in done.output
+
+
+@pytest.mark.parametrize("arguments", [["--only", "prune"], ["--model", "qwen2.5-7b"]])
+def test_an_empty_plan_is_refused(fake_gpu, arguments):
+    done = CliRunner().invoke(bench, arguments)
+    assert done.exit_code == 2 and "plan" in done.output
+
+
+def test_which_code_it_was():
+    assert len(sources()) == 16 and sources() == sources()
+    assert commit() is None or len(commit().rstrip("+")) == 40
+    assert slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"

@@ -1,0 +1,362 @@
+"""gemv24 against float64: the plain kernel in Triton's interpreter, the one with assembly on a PTX interpreter of our
+own (in Triton's), and both on a GPU where there is one."""
+
+import ctypes
+import os
+import re
+import subprocess
+import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
+
+from hwpq_fx.kernels import Float8Sparse24Tensor, pack24, unpack24
+from hwpq_fx.kernels.gemv24 import Plain, SparseMma, config, gemv24, launch, product, why_not
+from hwpq_fx.kernels.survey import survey
+
+needs_triton = pytest.mark.skipif(sys.platform != "linux", reason="Triton's wheels are for Linux")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INSTRUCTIONS = 2.1  # per weight, at most: 5.5 would take as long as reading it does on an H100
+UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+class Ptx:
+    """Runs the assembly of `tl.inline_asm_elementwise` on numpy arrays, warps by lanes in the last two dimensions."""
+
+    memory = ()  # what may be read: first and last address of every tensor
+
+    def __init__(self, asm, inputs, outputs):
+        self.registers = {f"${place}": value for place, value in enumerate(inputs, outputs)}
+        self.shape = np.broadcast_shapes(*(value.shape for value in inputs))
+        for line in re.sub("//.*", "", asm).split(";"):
+            if line.strip():
+                self.run(*line.split(maxsplit=1))
+
+    def run(self, opcode, operands):
+        name, *kinds = re.split(r"::|\.", opcode)
+        places = [
+            re.findall(r"[$%\w.-]+", part) for part in re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,{}\[\]\s]+", operands)
+        ]
+        values = [np.stack([self.value(place) for place in group]) for group in places[1:]]
+        results = getattr(self, name)(kinds, *values)
+        self.registers |= zip(places[0], results, strict=True)
+
+    def value(self, place):
+        if place == "%tid.x":
+            return np.arange(np.prod(self.shape), dtype=np.int64).reshape(self.shape)
+        if re.match(r"-?\d", place):
+            return np.full(self.shape, int(place, 0))
+        return np.broadcast_to(self.registers.get(place, 0), self.shape)
+
+    def mov(self, kinds, a):
+        return a
+
+    def ld(self, kinds, address):
+        words = 4 if "v4" in kinds else 1
+        assert not (address % (4 * words)).any()
+        inside = [(address >= start) & (address + 4 * words <= end) for start, end in self.memory]
+        assert np.logical_or.reduce(inside).all()
+        read = [np.frombuffer(ctypes.string_at(int(one), 4 * words), np.uint32) for one in address.flat]
+        return np.stack(read, -1).reshape(words, *self.shape)
+
+    def prmt(self, kinds, a, b, selector):
+        return [prmt(a[0], b[0], selector[0])]
+
+    def fma(self, kinds, a, b, c):
+        kind = {"bf16x2": torch.bfloat16, "f16x2": torch.float16}[kinds[-1]]
+        a, b, c = (halves(one[0], kind) for one in (a, b, c))
+        rounded = torch.from_numpy(a * b + c).to(kind)
+        assert np.array_equal(rounded.double().numpy(), a * b + c)  # exact, here
+        return [rounded.view(torch.int16).numpy().view(np.uint32)[..., 0]]
+
+    def mma(self, kinds, a, b, c, indices, selector):
+        """PTX ISA, "Matrix fragments for sparse mma.m16n8k32 with .f16 and .bf16 types"."""
+        assert kinds[:6] == ["sp", "ordered_metadata", "sync", "aligned", "m16n8k32", "row"]
+        kind = {"bf16": torch.bfloat16, "f16": torch.float16}[kinds[-2]]
+        a, b = (halves(one, kind) for one in (a, b))
+        d = np.empty_like(c)
+        for warp in range(self.shape[0]):
+            sparse, dense = np.zeros((16, 32)), np.zeros((32, 8))
+            for lane in range(32):
+                g, t = divmod(lane, 4)
+                for register in range(4):
+                    row, group = g + 8 * (register % 2), t + 4 * (register // 2)
+                    word = int(indices[0, warp, 4 * g + 2 * int(selector[0, warp, lane]) + group // 4])
+                    nibble = word >> 16 * (register % 2) >> group % 4 * 4 & 0xF
+                    assert nibble in (0x4, 0x8, 0xC, 0x9, 0xD, 0xE)
+                    for half in range(2):
+                        sparse[row, 4 * group + (nibble >> 2 * half & 3)] = a[register, warp, lane, half]
+                        dense[8 * register + 2 * t + half, g] = b[register, warp, lane, half]
+            product = sparse @ dense
+            for lane in range(32):
+                g, t = divmod(lane, 4)
+                for place in range(4):
+                    d[place, warp, lane] = c[place, warp, lane] + product[g + 8 * (place // 2), 2 * t + place % 2]
+        return d
+
+
+def prmt(a, b, selector):
+    both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+    result = np.zeros_like(both)
+    for place in range(4):
+        nibble = selector.astype(np.uint64) >> np.uint64(4 * place) & np.uint64(0xF)
+        assert not (nibble & np.uint64(8)).any()  # copies of the sign: not used here
+        result |= (both >> nibble * np.uint64(8) & np.uint64(0xFF)) << np.uint64(8 * place)
+    return result.astype(np.uint32)
+
+
+def halves(words, kind):
+    """[...] words -> [..., 2] float64 of the low and the high 16 bits."""
+    pairs = np.ascontiguousarray(words.astype(np.uint32))[..., None].view(np.int16)
+    return torch.from_numpy(pairs).view(kind).double().numpy()
+
+
+@pytest.fixture
+def assembly(monkeypatch):
+    """Triton's interpreter with a PTX interpreter inside; a GPU needs neither."""
+    if DEVICE == "cuda":
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    dtypes = {"f": np.float32, "r": np.uint32}
+
+    def create_inline_asm(self, asm, constraints, values, types, is_pure, pack):
+        kinds = [part.strip("=&") for part in constraints.split(",") if part.startswith("=")]
+        ran = Ptx(asm, [value.data for value in values], len(kinds))
+        results = [ran.registers[f"${place}"].astype(dtypes[kind]) for place, kind in enumerate(kinds)]
+        handles = [TensorHandle(result, kind.scalar) for result, kind in zip(results, types, strict=True)]
+        return SimpleNamespace(get_result=lambda place: handles[place])
+
+    monkeypatch.setattr(InterpreterBuilder, "create_inline_asm", create_inline_asm)
+
+
+def arguments(m, n, k, dtype, bias=torch.float32):
+    """What `gemv24` takes."""
+    w = Float8Sparse24Tensor.from_hp(torch.randn(n, k, device=DEVICE))
+    bias = None if bias is None else torch.randn(n, device=DEVICE).to(bias)
+    return torch.randn(m, k, device=DEVICE).to(dtype), w.qdata, w.sparse_metadata, w.scale, bias
+
+
+def check(y, x, qdata, sparse_metadata, scale, bias):
+    """Against float64: float32 sums, one rounding at the end."""
+    w = unpack24(qdata, sparse_metadata).double() * scale.double()
+    b = torch.zeros(len(w), dtype=torch.float64, device=DEVICE) if bias is None else bias.double()
+    expected, size = x.double() @ w.t() + b, x.double().abs() @ w.abs().t() + b.abs()
+    allowed = 1e-6 * size + 2 * UNIT[y.dtype] * expected.abs()
+    assert ((y.double() - expected).abs() <= allowed).all()
+
+
+def launched(given, config):
+    x, *rest = given
+    y = torch.full((len(x), len(rest[0])), torch.nan, dtype=x.dtype, device=DEVICE)
+    Ptx.memory = [(part.data_ptr(), part.data_ptr() + part.nbytes) for part in given[:3]]
+    launch(x, *rest, y, config)
+    return y
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("m", "n", "k", "warps"), [(1, 16, 128, 1), (3, 17, 256, 2), (8, 33, 384, 2), (9, 16, 640, 4), (2, 48, 128, 4)]
+)
+def test_sparse_tensor_cores(assembly, dtype, m, n, k, warps, wide):
+    given = arguments(m, n, k, dtype)
+    check(launched(given, SparseMma(warps, wide)), *given)
+
+
+def every_byte():
+    """Values e4m3 [16, 128]: all of them but NaN, -0.0 too, over all six patterns in all 32 groups of 16 rows."""
+    pattern = torch.tensor([[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]])
+    pattern = pattern[(torch.arange(16)[:, None] + torch.arange(32)) % 6]
+    mask = torch.zeros(16, 32, 4, dtype=torch.bool).scatter(-1, pattern, True).view(16, 128)
+    kept = torch.arange(1024).to(torch.uint8)
+    kept[kept & 0x7F == 0x7F] = 0
+    values = torch.zeros(16, 128, dtype=torch.uint8).masked_scatter(mask, kept)
+    return [part.to(DEVICE) for part in pack24(values.view(torch.float8_e4m3fn), mask)]
+
+
+@pytest.mark.parametrize("config", [SparseMma(1, False), SparseMma(1, True), Plain(16, 8, 1)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_value_in_every_place_is_exact(assembly, dtype, config):
+    parts = every_byte()
+    x = torch.eye(128, dtype=dtype, device=DEVICE)
+    y = launched((x, *parts, torch.ones(16, 1, device=DEVICE), None), config)
+    assert torch.equal(y.t(), unpack24(*parts).to(dtype))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="needs Triton to number lanes otherwise")
+def test_lanes_numbered_otherwise_make_no_silent_mistake(assembly, monkeypatch):
+    value = Ptx.value
+    monkeypatch.setattr(Ptx, "value", lambda self, place: value(self, place)[:, :: -1 if place == "%tid.x" else 1])
+    assert launched(arguments(1, 16, 128, torch.bfloat16), SparseMma(1, False)).isnan().all()
+
+
+def test_large_and_small(assembly):
+    given = arguments(4, 16, 256, torch.bfloat16)
+    x, qdata, _, scale, _ = given
+    x *= 10.0 ** torch.randint(-12, 5, x.shape, device=DEVICE)
+    qdata.view(torch.uint8)[::2] = 0x7E  # 448
+    qdata.view(torch.uint8)[1::4] = 0x81  # the least, negative
+    scale *= 1e-6
+    check(launched(given, SparseMma(2, False)), *given)
+    check(launched(given, Plain(4, 16, 1)), *given)
+
+
+@settings(deadline=None, max_examples=10)
+@given(
+    st.integers(1, 4),
+    st.integers(1, 40),
+    st.integers(1, 12),
+    st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    st.sampled_from([None, torch.float32, torch.bfloat16, torch.float16]),
+    st.sampled_from([Plain(16, 64, 4), Plain(4, 2, 1)]),
+)
+def test_any_shape(m, n, eighths, dtype, bias, config):
+    parts = arguments(m, n, 8 * eighths, dtype, bias)
+    check(launched(parts, config), *parts)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bias", [None, torch.bfloat16])
+def test_product(dtype, bias):
+    x, *rest = arguments(3, 24, 256, dtype, bias)
+    y = product(x, None, *rest, None, dtype)
+    assert y.dtype is dtype
+    check(y, x, *rest)
+    # rows that are not contiguous, and rows that no word is aligned with
+    check(product(x.t().contiguous().t(), None, *rest, None, dtype), x, *rest)
+    shifted = torch.cat([x.new_zeros(1), x.view(-1)])[1:].view(x.shape)
+    check(product(shifted, None, *rest, None, dtype), x, *rest)
+    zero = product(x * 0, None, *rest, None, dtype)
+    assert torch.equal(zero, torch.zeros_like(zero) if bias is None else rest[-1].to(dtype).expand_as(zero))
+
+
+def test_nothing_to_do():
+    x, *rest = arguments(2, 16, 128, torch.bfloat16)
+    assert gemv24(x[:0], *rest).shape == (0, 16)
+    assert gemv24(x, *(part[:0] for part in rest)).shape == (2, 0)
+
+
+def test_a_part_of_a_weight_at_an_odd_place():
+    x, qdata, metadata, scale, bias = arguments(2, 24, 136, torch.bfloat16)
+    given = x, qdata[5:], metadata[5:], scale[5:], bias[5:]
+    check(gemv24(*given), *given)
+
+
+def test_op():
+    # of opcheck's tests those that FP8 tensors, and on a CPU Triton's interpreter, can go through
+    tests = ["test_faketensor"] + ["test_aot_dispatch_dynamic"] * (DEVICE == "cuda")
+    torch.library.opcheck(gemv24, arguments(2, 16, 128, torch.bfloat16), test_utils=tests)
+
+
+TRACED = """
+import torch, triton
+from types import SimpleNamespace
+from torch._dynamo.backends.common import aot_autograd
+from triton.backends.compiler import GPUTarget
+from hwpq_fx.kernels import gemv24
+
+triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32)))
+gemv24._arch = lambda device: 90
+
+def show(graph, inputs):
+    print(graph.code)
+    return lambda *given: [torch.empty(1, 64)]
+
+for dtype in (torch.bfloat16, torch.float32):
+    x, q = torch.empty(1, 256, dtype=dtype), torch.empty(64, 128, dtype=torch.float8_e4m3fn)
+    rest = q, torch.empty(64, 32, dtype=torch.uint8), torch.empty(64, 1), torch.empty(64)
+    backend = aot_autograd(fw_compiler=show, inference_compiler=show)
+    torch.compile(lambda *given: gemv24.gemv24(*given), backend=backend, fullgraph=True)(x, *rest)
+"""
+
+
+@needs_triton
+def test_compiled_graphs_hold_the_kernel_and_copy_no_weight(tmp_path):
+    """Traced as on a GPU. What torch cannot analyse (assembly that is not pure) it copies, all of it."""
+    env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", TRACED], env=env, capture_output=True, text=True, check=True)
+    calls = [line for line in done.stdout.splitlines() if "triton_kernel_wrapper_functional(" in line]
+    assert len(calls) == 2 and all("tensors_to_clone = ['y']" in call for call in calls), done.stdout
+    assert "'BF16': True" in calls[0] and "'GROUPS'" in calls[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("m", [1, 8])
+def test_compiled(m):
+    given = arguments(m, 4096, 4096, torch.bfloat16)
+    compiled = torch.compile(lambda x, *rest: gemv24(x * 2, *rest) + 1, fullgraph=True)
+    torch.testing.assert_close(compiled(*given), gemv24(given[0] * 2, *given[1:]) + 1)
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "message"),
+    [
+        (0, lambda x: x[:, :64], "x (2, 64) does not fit qdata (16, 64)"),
+        (0, lambda x: x[0], "x (128,) does not fit"),
+        (0, lambda x: x.double(), "x is torch.float64"),
+        (1, lambda q: q.view(torch.uint8), "qdata is (16, 64) torch.uint8, not (16, 64) torch.float8_e4m3fn"),
+        (1, lambda q: q.t().contiguous().t(), "qdata is not contiguous"),
+        (2, lambda s: s[:, :8], "sparse_metadata is (16, 8)"),
+        (3, lambda s: s.view(-1), "scale is (16,) torch.float32, not (16, 1)"),
+        (3, lambda s: s.half(), "scale is (16, 1) torch.float16"),
+        (4, lambda b: b[:8], "bias is (8,)"),
+        (4, lambda b: b.int(), "bias is (16,) torch.int32"),
+        (4, lambda b: b.to("meta"), "bias is on meta"),
+    ],
+)
+@pytest.mark.parametrize("fake", [False, True])
+def test_refusals(place, change, message, fake):
+    given = list(arguments(2, 16, 128, torch.bfloat16))
+    given[place] = change(given[place])
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
+    with mode, pytest.raises(RuntimeError, match=re.escape(f"gemv24: {message}")):
+        gemv24(*given)
+
+
+def test_which_weights_are_served():
+    assert why_not(90, torch.bfloat16, 4096, 4096) == why_not(80, torch.float32, 3, 8) == ""
+    assert "sm_75" in why_not(75, torch.bfloat16, 16, 128)
+    assert "float64" in why_not(90, torch.float64, 16, 128)
+    assert "K = 12" in why_not(90, torch.bfloat16, 16, 12)
+
+
+@pytest.mark.parametrize("m", [1, 8, 33])
+@pytest.mark.parametrize(
+    ("n", "k"), [(4096, 4096), (14336, 4096), (1024, 4096), (512, 3584), (16, 128), (128256, 2048)]
+)
+def test_warps_are_resident_at_once(m, n, k):
+    cut = config(90, m, n, k, torch.bfloat16)
+    warps = cut.warps * -(-n // 16) * -(-m // 8)
+    assert cut.warps <= k // 128
+    assert warps <= 40 * 132 or cut.warps == 4
+    assert warps * 2 > 40 * 132 or cut.warps in (32, 2 ** int(np.log2(k // 128)))
+
+
+@needs_triton
+@pytest.mark.parametrize("arch", [80, 90])
+def test_sass(arch):
+    """Spills nothing, reads the weight 16 bytes at a time, and is bound by memory rather than by issue."""
+    found = list(survey([arch], ["hwpq_fx.kernels.gemv24_triton"], jobs=2))
+    assert len(found) == 18 and all(one.passed for one in found)
+    for one in found:
+        if one.kernel != "sparse_mma_kernel":
+            continue
+        m, n, k = map(int, re.findall(r"=(\d+)", one.specimen))
+        cut = config(arch, m, n, k, torch.bfloat16)
+        assert one.programs * cut.warps >= 32
+        loads = re.findall(r"LDG[.\w]*", one.sass)
+        turns = one.instructions["HMMA"] // 4
+        assert sum(".128" in load for load in loads) == turns * (12 if cut.wide else 4)
+        if one.loop:
+            # a lane has 64 of the 16 x 128 weights of a turn
+            per_weight = sum(one.loop.values()) / (one.loop["HMMA"] // 4 * 64)
+            print(f"sm_{arch} {one.specimen}: {per_weight:.2f} instructions per weight, {one.registers} registers")
+            assert per_weight <= INSTRUCTIONS

@@ -1,0 +1,169 @@
+"""`hwpq-fx compress`, `plan`, `eval`, `export`, on a tiny LLaMA with a tokenizer trained on the spot."""
+
+import json
+import math
+
+import pytest
+import torch
+from click.testing import CliRunner
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hwpq_fx import HWPQConfig, Plan
+from hwpq_fx.cli import main
+from hwpq_fx.evaluate import evaluate
+from hwpq_fx.kernels import Float8Sparse24Tensor
+from hwpq_fx.sizes import dry_run
+from hwpq_fx.texts import sequences, texts_of
+
+TEXT = "\n".join(f"The number {i} follows {i - 1} and comes before {i + 1}." for i in range(400))
+CALIB = ("--samples", "8", "--length", "32", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A dense model's folder, and the text beside it."""
+    root = tmp_path_factory.mktemp("model")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trained = trainers.BpeTrainer(vocab_size=300, special_tokens=["<eos>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([TEXT], trained)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, eos_token_id=0, bos_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(root / "dense")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(root / "dense")
+    (root / "text.txt").write_text(TEXT)
+    return root
+
+
+def run(*args, code=0):
+    result = CliRunner().invoke(main, [str(arg) for arg in args])
+    assert result.exit_code == code, result.output + str(result.exception)
+    return result.output if code else result.stdout
+
+
+@pytest.fixture(scope="module")
+def compressed(folder):
+    out = run("compress", folder / "dense", "--calib", folder / "text.txt", "--out", folder / "sparse", *CALIB)
+    return folder / "sparse", out
+
+
+def test_compress_writes_what_from_pretrained_reads(folder, compressed):
+    out, told = compressed
+    assert "14 of 15 layers converted" in told and f"written to {out}" in told
+    model = AutoModelForCausalLM.from_pretrained(out)
+    packed = [name for name, p in model.named_parameters() if isinstance(p, Float8Sparse24Tensor)]
+    assert len(packed) == 14
+    assert len(json.loads((out / "hwpq_report.json").read_text())["layers"]) == 15
+    assert (out / "tokenizer.json").exists()
+
+
+def test_compress_with_a_config_and_a_plan(folder, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"compensation": "cg", "max_loss": 1.0}))
+    made = json.loads(
+        run("plan", folder / "dense", "--calib", folder / "text.txt", "--config", tmp_path / "config.json", "--out",
+            tmp_path / "plan.json", "--json", *CALIB)
+    )  # fmt: skip
+    plan = Plan.load(tmp_path / "plan.json")
+    assert made == json.loads(json.dumps(plan.to_dict())) and plan.error <= 1.0
+    sparse = sum(layer.status == "sparse24_fp8" for layer in plan.layers)
+    assert 0 < sparse < 14
+    found = json.loads(
+        run("compress", folder / "dense", "--calib", folder / "text.txt", "--plan", tmp_path / "plan.json", "--out",
+            tmp_path / "out", "--json", *CALIB)
+    )  # fmt: skip
+    assert sum(line["status"] == "sparse24_fp8" for line in found["layers"]) == sparse
+
+
+def test_dry_run_agrees_with_what_happens(folder, compressed, tmp_path):
+    told = json.loads(run("compress", folder / "dense", "--dry-run", "--json"))
+    happened = json.loads((compressed[0] / "hwpq_report.json").read_text())
+    status = {line["name"]: (line["status"], line["packed_bytes"]) for line in happened["layers"]}
+    for line in told["layers"]:
+        became, size = status[line["name"]]
+        assert line["status"] == became
+        assert became == "dense" or line["bytes"] == size
+    model = AutoModelForCausalLM.from_pretrained(folder / "dense")
+    assert told["model_bytes"] == sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    text = run("compress", folder / "dense", "--dry-run")
+    assert "ignored" in text and "sparse24_fp8" in text
+    cg = dry_run(str(folder / "dense"), HWPQConfig(compensation="cg"))
+    assert cg.statistics_bytes - told["statistics_bytes"] == sum(4 * layer.shape[1] ** 2 for layer in cg.layers[:-1])
+    quantized = run("compress", compressed[0], "--dry-run", code=1)
+    assert "is quantized already" in quantized
+
+
+def test_eval(folder, compressed):
+    args = ("--text", folder / "text.txt", *CALIB, "--json")
+    alone = json.loads(run("eval", folder / "dense", *args))
+    assert alone["perplexity"] == pytest.approx(math.exp(alone["loss"]))
+    assert alone["tokens"] == 8 * 31 and alone["kl"] is None
+    paired = json.loads(run("eval", compressed[0], "--against", folder / "dense", *args))
+    assert paired["dense_perplexity"] == pytest.approx(alone["perplexity"])
+    assert paired["difference"] == pytest.approx(paired["loss"] - alone["loss"])
+    assert paired["kl"] > 0 and 0 < paired["difference_error"] < paired["loss_error"] * 3
+    itself = json.loads(run("eval", folder / "dense", "--against", folder / "dense", *args))
+    assert itself["kl"] == pytest.approx(0, abs=1e-6) and itself["difference"] == 0
+    assert "paired" in run("eval", compressed[0], "--against", folder / "dense", *args[:-1])
+
+
+def test_evaluation_against_the_models_own_loss(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder / "dense").eval()
+    tokens = torch.randint(300, (6, 16))
+    with torch.no_grad():
+        theirs = model(input_ids=tokens, labels=tokens).loss
+    assert evaluate(model, tokens, batch=4).loss == pytest.approx(theirs.item(), rel=1e-5)
+
+
+def test_export(folder, compressed, tmp_path):
+    run("export", compressed[0], "--out", tmp_path / "plain")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    weight = plain.model.layers[0].mlp.up_proj.weight
+    assert type(weight) is torch.nn.Parameter
+    assert (weight == 0).float().mean() >= 0.5
+    assert (tmp_path / "plain" / "tokenizer.json").exists()
+
+
+def test_texts(tmp_path):
+    class Letters:
+        eos_token_id = 0
+
+        def __call__(self, text, add_special_tokens):
+            return {"input_ids": [ord(letter) for letter in text]}
+
+    (tmp_path / "a.jsonl").write_text('{"text": "abc"}\n\n{"text": "de"}\n')
+    assert texts_of(str(tmp_path / "a.jsonl")) == ["abc", "de"]
+    cut = sequences(Letters(), ["abc", "de"], 3, 10)
+    assert cut.tolist() == [[97, 98, 99], [0, 100, 101]]
+    assert sequences(Letters(), ["abcdefghi"], 2, 2).tolist() == [[97, 98], [105, 0]]  # spread over the text
+
+
+WRONG = {
+    "no model": (["eval", "nowhere/at-all", "--text", "{text}"], "nowhere/at-all"),
+    "no text": (["compress", "{dense}", "--calib", "missing.txt", "--out", "{out}", *CALIB], "missing.txt"),
+    "empty text": (["compress", "{dense}", "--calib", "{empty}", "--out", "{out}", *CALIB], "holds no text"),
+    "too short": (["compress", "{dense}", "--calib", "{text}", "--out", "{out}", "--length", "99999"], "too few"),
+    "bad config": (["compress", "{dense}", "--config", "{bad}", "--out", "{out}"], "saliency 'x'"),
+    "config of unknown fields": (["compress", "{dense}", "--config", "{odd}", "--out", "{out}"], "unknown_field"),
+    "bad plan": (["compress", "{dense}", "--plan", "{bad}", "--out", "{out}"], "no plan"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_mistakes_are_told_and_write_nothing(folder, tmp_path, case):
+    args, message = WRONG[case]
+    names = {"dense": folder / "dense", "text": folder / "text.txt", "out": tmp_path / "out"}
+    for name, content in (("empty", " "), ("bad", '{"saliency": "x"}'), ("odd", '{"unknown_field": 1}')):
+        names[name] = tmp_path / name
+        names[name].write_text(content)
+    out = run(*(arg.format(**names) for arg in args), code=1)
+    assert message in out and "Traceback" not in out
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_is_needed(folder):
+    assert "--out says where" in run("compress", folder / "dense", code=2)
