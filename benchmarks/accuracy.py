@@ -1,5 +1,5 @@
 """Perplexity that 2:4 + FP8 leaves, method by method: `python benchmarks/accuracy.py` writes
-benchmarks/results/accuracy.json and accuracy.png.
+benchmarks/results/accuracy.json and, with matplotlib, accuracy.svg; `--plot` draws the picture again.
 
 The model is that of small_llama.py; every linear layer but the head is pruned to 2:4 and packed, activations become
 FP8 too. All methods see the same X^T X of the same calibration rows, gathered on the dense model; what is timed is
@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -192,11 +193,30 @@ def summary(values: list[float]) -> dict[str, float]:
     return {"mean": statistics.mean(values), "low": min(values), "high": max(values)}
 
 
+def plot(result: dict[str, Any], file: Path) -> None:
+    """The gap of every method, and where a plan stands in between."""
+    from matplotlib.figure import Figure
+
+    methods = result["methods"]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.barh(list(methods), [row["gap"] for row in methods.values()], color="#4477aa")
+    axes.invert_yaxis()
+    axes.set_xlabel(f"perplexity above the dense model's {result['dense']:.2f}")
+    axes.bar_label(axes.containers[0], fmt="%.2f", padding=2, fontsize="small")
+    axes.margins(x=0.12)
+    figure.savefig(file, metadata={"Date": None})
+
+
 @click.command()
 @click.option("--threads", default=torch.get_num_threads(), show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "accuracy.json", show_default=True)
-def main(threads: int, out: Path) -> None:
+@click.option("--plot", "plot_only", is_flag=True, help="Measure nothing: draw what the JSON holds.")
+def main(threads: int, out: Path, plot_only: bool) -> None:
     """Measure and write the JSON."""
+    if plot_only:
+        plot(json.loads(out.read_text()), out.with_suffix(".svg"))
+        return
     small = small_llama(threads)
     torch.set_num_threads(threads)
     dense, fp8 = perplexity(small.model, small.held_out), perplexity(dense_fp8(small.model), small.held_out)
@@ -226,6 +246,8 @@ def main(threads: int, out: Path) -> None:
     }
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + "\n")
+    if find_spec("matplotlib"):
+        plot(result, out.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

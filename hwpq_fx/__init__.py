@@ -19,9 +19,11 @@ from .explain import Explanation, explain
 from .export import export
 from .folder import save_pretrained
 from .kernels import Float8Sparse24Tensor
+from .offload import compress_checkpoint
 from .on_import import when_imported
 from .plan import Plan, PlannedLayer
 from .report import LayerReport, Report, report
+from .torchao_tensor import from_torchao, to_torchao
 
 if TYPE_CHECKING:
     from .transformers_quantizer import HWPQTransformersConfig
@@ -42,13 +44,16 @@ __all__ = [
     "Plan",
     "PlannedLayer",
     "Report",
+    "compress_checkpoint",
     "convert",
     "explain",
     "export",
+    "from_torchao",
     "plan",
     "prepare",
     "report",
     "save_pretrained",
+    "to_torchao",
 ]
 
 

@@ -8,6 +8,7 @@ import click
 from rich.console import Console
 
 from .bench import bench
+from .inspect_command import inspect
 from .kernel_table import kernels
 from .model_commands import COMMANDS
 from .tune import tune
@@ -21,7 +22,7 @@ def main() -> None:
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 
-for command in (bench, kernels, tune, *COMMANDS):
+for command in (bench, inspect, kernels, tune, *COMMANDS):
     main.add_command(command)
 
 

@@ -2,26 +2,28 @@
 
 from dataclasses import replace
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torchao.quantization import Float8Tensor
 
 from hwpq_fx.kernels import FORMAT_K, Float8Sparse24Tensor, select24
 from hwpq_fx.kernels.saliency import score
 from hwpq_fx.passes import Use
 
 from .compensation import compensate
-from .config import HWPQConfig
+from .config import PLAIN, SPARSE_2D, HWPQConfig
 from .curvature import combined
-from .errors import CalibrationError, ModelError
+from .errors import CalibrationError, ConfigError, ModelError
 from .float8 import dense_float8, mm_compatible
 from .layers import Layer
 from .reconstruction import Gram, MatrixFree, reconstruct, reconstruction_loss, refine
 from .report import LayerReport
 from .selection import Selection, select_ratio
 from .statistics import InputStatistics
+from .torchao_tensor import to_torchao, why_not, why_not_on
 
 Statistics = dict[Use, list[InputStatistics]]
 
@@ -31,6 +33,11 @@ class Compressed(NamedTuple):
 
     weight: torch.Tensor
     line: LayerReport
+
+
+# A weight is worked on in parts of its rows, a sixteenth each or so many weights: what conjugate gradients take besides
+# is up to fifteen times as much as a part in float32.
+PARTS, LEAST_PART = 16, 2**22
 
 
 class Span(NamedTuple):
@@ -51,13 +58,39 @@ def cannot_compress(layer: Layer, uses: list[Use], config: HWPQConfig) -> str:
     if rows * cols == 0:
         return "holds no weights"
     if config.sparsity == "2:4":
-        return f"in_features {cols} is not a multiple of {FORMAT_K}" if cols % FORMAT_K else ""
+        if cols % FORMAT_K:
+            return f"in_features {cols} is not a multiple of {FORMAT_K}"
+        return _why_not_torchao(layer, uses, rows, cols) if config.packing_format == SPARSE_2D else ""
     # torchao's Float8Tensor knows linear, not addmm nor what nn.MultiheadAttention does with its weights
-    if not isinstance(layer.owner, nn.Linear) or isinstance(layer.owner, NonDynamicallyQuantizableLinear):
+    if not _plain_linear(layer):
         return f"held by {type(layer.owner).__name__}: torchao's Float8Tensor is for nn.Linear"
     if config.activation == "dynamic" and not mm_compatible(rows, cols):
         return f"{rows}x{cols}: FP8 products want multiples of 16"
     return ""
+
+
+def _plain_linear(layer: Layer) -> bool:
+    return isinstance(layer.owner, nn.Linear) and not isinstance(layer.owner, NonDynamicallyQuantizableLinear)
+
+
+def _why_not_torchao(layer: Layer, uses: list[Use], rows: int, cols: int) -> str:
+    if not _plain_linear(layer):
+        return f"held by {type(layer.owner).__name__}: torchao's sparse FP8 tensor is for nn.Linear"
+    reason = why_not(layer.parameter.dtype, rows, cols, transposed=any(use.transposed for use in uses))
+    return f"torchao's sparse FP8 tensor cannot hold it: {reason}" if reason else ""
+
+
+def check_packing_format(config: HWPQConfig, device: torch.device) -> None:
+    """Raise ConfigError where weights on `device` cannot become of `config.packing_format`."""
+    if config.packing_format == PLAIN:
+        return
+    if (config.sparsity, config.activation) != ("2:4", "dynamic"):
+        raise ConfigError(f'packing_format {config.packing_format!r} is for sparsity "2:4" and activation "dynamic"')
+    if reason := why_not_on(device):
+        raise ConfigError(
+            f'packing_format {config.packing_format!r}: {reason}; convert with "plain", and where the model is to run '
+            "let hwpq_fx.to_torchao make torchao's tensor of each weight"
+        )
 
 
 def shape_of(parameter: torch.Tensor, uses: list[Use]) -> tuple[int, int]:
@@ -82,52 +115,79 @@ def compress(name: str, parameter: torch.Tensor, statistics: Statistics, config:
     weight = weight.t().contiguous() if transposed else weight
     spans = spans_of(name, weight, statistics)
 
-    fitted, settled = [], 0.0
+    made, errors, settled, kept_weights = [], [], 0.0, 0
     for span in spans:
         part = weight[span.start : span.stop]
-        chosen = _select(part, span.sum_sq, config)
-        settled += chosen.settled * (span.stop - span.start) / weight.shape[0]
-        fitted.append(_compensate(part, chosen.mask, span, config))
-    kept, mask, factor = (torch.cat(parts) for parts in zip(*fitted, strict=True))
+        mask, share = _select(part, span.sum_sq, config)
+        settled += share * (span.stop - span.start) / weight.shape[0]
+        kept_weights += int(mask.count_nonzero())  # a sum would be made in int64
+        for rows, kept in zip(_parts(part), _parts(mask), strict=True):
+            new = _packed(*_compensate(rows, kept, span, config), config)
+            errors.append(_squared_errors(rows, new, span))
+            made.append(new)
 
-    new: torch.Tensor
-    if config.sparsity == "2:4":
-        packed = Float8Sparse24Tensor.from_hp(kept, mask, config.activation, factor)
-        status, size, restored = "sparse24_fp8", packed.packed_nbytes(), packed.dequantize(torch.float32)
-        new = packed.t() if transposed else packed
-    else:
-        dense = dense_float8(kept.masked_fill(~mask, 0) * factor[:, None].to(kept.dtype), config.activation)
-        status, size, restored = "fp8", dense.qdata.nbytes + dense.scale.nbytes, dense.dequantize().float()
-        new = dense
+    new = _joined(made)
+    status, size = ("sparse24_fp8" if config.sparsity == "2:4" else "fp8"), _nbytes(new)
+    whole = new.t() if transposed else new
     line = LayerReport(
         name,
         tuple(weight.shape),
         status,
         rows=max(span.rows for span in spans),
-        pruned=1 - mask.float().mean().item(),
+        pruned=1 - kept_weights / weight.numel(),
         settled=settled,
         compensation=" and ".join(sorted({_compensation_of(span, config) for span in spans})),
-        error=_relative_error(weight.float(), restored, spans),
+        error=_relative_error(errors),
         dense_bytes=parameter.nbytes,
         packed_bytes=size,
     )
-    return Compressed(new, line)
+    return Compressed(whole, line)
+
+
+def _parts(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """[N, K] in parts that are small beside it, unless it is small itself."""
+    return rows.split(max(1, -(-max(LEAST_PART, rows.numel() // PARTS) // rows.shape[1])))
+
+
+def _packed(kept: torch.Tensor, mask: torch.Tensor, factor: torch.Tensor, config: HWPQConfig) -> Any:
+    if config.sparsity == "2:4":
+        return Float8Sparse24Tensor.from_hp(kept, mask, config.activation, factor)
+    return dense_float8(kept.masked_fill(~mask, 0) * factor[:, None].to(kept.dtype), config.activation)
+
+
+def _joined(parts: list[Any]) -> Any:
+    """The rows of all parts in one weight."""
+    first, names = parts[0], parts[0].tensor_data_names
+    joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    if isinstance(first, Float8Sparse24Tensor):
+        return Float8Sparse24Tensor(**joined, activation=first.activation, transposed=False, dtype=first.dtype)
+    kinds = (first.mm_config, first.act_quant_kwargs, first.kernel_preference, first.dtype)
+    return Float8Tensor(joined["qdata"], joined["scale"], first.block_size, *kinds)
+
+
+def _nbytes(weight: Any) -> int:
+    return sum(getattr(weight, name).nbytes for name in weight.tensor_data_names)
 
 
 def compress_fp8(name: str, parameter: torch.Tensor, statistics: Statistics, config: HWPQConfig) -> Compressed:
     """One finite parameter [N, K] of an nn.Linear as dense FP8, nothing pruned. Raises as `compress` does."""
     weight = parameter.detach()
     spans = spans_of(name, weight, statistics)
-    dense = dense_float8(weight, config.activation)
+    made, errors = [], []
+    for span in spans:
+        for rows in _parts(weight[span.start : span.stop]):
+            made.append(dense_float8(rows, config.activation))
+            errors.append(_squared_errors(rows, made[-1], span))
+    dense = _joined(made)
     line = LayerReport(
         name,
         tuple(weight.shape),
         "fp8",
         rows=max(span.rows for span in spans),
-        error=_relative_error(weight.float(), dense.dequantize().float(), spans),
+        error=_relative_error(errors),
         compensation="none",
         dense_bytes=parameter.nbytes,
-        packed_bytes=dense.qdata.nbytes + dense.scale.nbytes,
+        packed_bytes=_nbytes(dense),
     )
     return Compressed(dense, line)
 
@@ -141,6 +201,11 @@ def fast(compressed: Compressed, config: HWPQConfig, sibling: bool = False) -> t
     weight, line = compressed
     if not isinstance(weight, Float8Sparse24Tensor):
         return weight
+    if config.packing_format == SPARSE_2D:
+        theirs = to_torchao(weight)
+        line.packed_bytes = sum(getattr(theirs, name).nbytes for name in theirs.tensor_data_names)
+        line.paths = "cutlass, in torchao's sparse_2d_data_2d_metadata"
+        return theirs
     if config.layout == "fastest" and not (sibling and weight.is_cuda):
         weight = weight.expand()
     line.layout_bytes = weight.layout_nbytes()
@@ -177,8 +242,10 @@ def spans_of(name: str, weight: torch.Tensor, statistics: Statistics) -> list[Sp
 def _select(weight: torch.Tensor, sum_sq: torch.Tensor | None, config: HWPQConfig) -> Selection:
     if isinstance(config.sparsity, str):
         how = (config.selection, config.mean_rate, config.dev_rate, config.lam)
-        mask, settled = select24(weight, sum_sq, config.saliency, *how)
-        return Selection(mask, int(settled) * 4 / mask.numel())
+        # "relative" scores tie the rows together, the others do not
+        parts = (weight,) if config.saliency == "relative" else _parts(weight)
+        masks, settled = zip(*(select24(part, sum_sq, config.saliency, *how) for part in parts), strict=True)
+        return Selection(torch.cat(masks), sum(map(int, settled)) * 4 / weight.numel())
     scores = score(weight, sum_sq, config.saliency)
     return select_ratio(scores, config.sparsity, config.mean_rate, config.dev_rate, config.lam)
 
@@ -207,17 +274,21 @@ def _compensate(
     return new.to(weight.dtype), mask, torch.ones(weight.shape[0], device=weight.device)
 
 
-def _relative_error(weight: torch.Tensor, restored: torch.Tensor, spans: list[Span]) -> float:
-    lost = kept = 0.0
-    for span in spans:
-        rows = slice(span.start, span.stop)
-        if span.curvature is not None:
-            gram = span.curvature[0]
-            lost += reconstruction_loss(weight[rows], restored[rows], gram).sum().item()
-            kept += reconstruction_loss(weight[rows], torch.zeros_like(weight[rows]), gram).sum().item()
-            continue
-        sum_sq = torch.ones(weight.shape[1], device=weight.device) if span.sum_sq is None else span.sum_sq
-        channel = (sum_sq / sum_sq.max().clamp(min=torch.finfo(torch.float32).tiny)).double()
-        lost += ((weight[rows] - restored[rows]).double().square() @ channel).sum().item()
-        kept += (weight[rows].double().square() @ channel).sum().item()
+def _squared_errors(weight: torch.Tensor, made: Any, span: Span) -> tuple[float, float]:
+    """||X(W - W')||^2 and ||XW||^2 over rows of the span's weight, on one scale for the whole span."""
+    weight = weight.float()
+    packed = isinstance(made, Float8Sparse24Tensor)
+    restored = made.dequantize(torch.float32) if packed else made.dequantize().float()
+    if span.curvature is not None:
+        gram = span.curvature[0]
+        lost = reconstruction_loss(weight, restored, gram).sum().item()
+        return lost, reconstruction_loss(weight, torch.zeros_like(weight), gram).sum().item()
+    sum_sq = torch.ones(weight.shape[1], device=weight.device) if span.sum_sq is None else span.sum_sq
+    channel = (sum_sq / sum_sq.max().clamp(min=torch.finfo(torch.float32).tiny)).double()
+    lost = ((weight - restored).double().square() @ channel).sum().item()
+    return lost, (weight.double().square() @ channel).sum().item()
+
+
+def _relative_error(errors: list[tuple[float, float]]) -> float:
+    lost, kept = (sum(parts) for parts in zip(*errors, strict=True))
     return (lost / kept) ** 0.5 if kept else 0.0

@@ -15,6 +15,7 @@ from .errors import ConfigError
 from .targets import check_pattern
 
 DEFAULT_IGNORE = ("lm_head",)
+PLAIN, SPARSE_2D = "plain", "sparse_2d_data_2d_metadata"  # as in torchao's Float8PackingFormat
 ALLOWED_AO_MODULES.add(__name__)  # where torchao's config_from_dict looks for the class
 
 
@@ -76,6 +77,11 @@ class HWPQConfig(AOBaseConfig):
     are reached through a library that wants its own layout, that one too (5 bits per weight more); on the CPU a dense
     one. "packed": the packed weight alone. Never saved, counted in the report."""
 
+    packing_format: str = PLAIN
+    """"plain": 2:4 weights are this package's. "sparse_2d_data_2d_metadata": torchao's
+    `Float8Sparse2x4_2DData2DMetadataTensor`, for code that knows only that, on GPUs of compute capability 9.0; layers
+    that it cannot hold stay dense. See `hwpq_fx.to_torchao`."""
+
     step: str | None = None
     """For `torchao.quantize_` alone: "prepare" puts observers on the layers, "convert" uses what they saw,
     "prepare_for_loading" makes room for a converted state dict, None converts without calibration."""
@@ -114,6 +120,8 @@ class HWPQConfig(AOBaseConfig):
         _one_of("activation", self.activation, ACTIVATIONS)
         _one_of("step", self.step, (None, "prepare", "convert", "prepare_for_loading"))
         _one_of("layout", self.layout, ("fastest", "packed"))
+        _one_of("packing_format", self.packing_format, (PLAIN, SPARSE_2D))
+        self.packing_format = str.__str__(self.packing_format)  # of torchao's enum as well
         for name, least in (("cg_steps", 1), ("cg_rounds", 0), ("curvature_bytes", 0), ("typical_rows", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:

@@ -66,12 +66,19 @@ class Contender(NamedTuple):
     """Up to so many rows, compiled for exactly that number."""
 
 
-def contenders() -> list[Contender]:
-    """All of them, the one that all are measured by first."""
+def dense_contenders() -> list[Contender]:
+    """What nothing is pruned in, bf16 first; their names are `DENSE_NAMES`."""
     return [
         Contender("bf16", DENSE, "F.linear", _bf16),
         Contender("fp8 dynamic", DENSE_FP8, "torchao Float8DynamicActivationFloat8Weight, per row", _fp8_dynamic),
         Contender("fp8 weight-only", DENSE_FP8, "torchao Float8WeightOnly", _fp8_weight_only),
+    ]
+
+
+def contenders() -> list[Contender]:
+    """All of them, the one that all are measured by first."""
+    return [
+        *dense_contenders(),
         Contender("torchao 2:4", PEER, "torchao's CUTLASS 2:4 FP8 tensor", _torchao_24),
         Contender("torchao int4", PEER, "torchao Int4WeightOnly, groups of 128", _torchao_int4, 1024),
         *path_contenders(FEW_ROWS),

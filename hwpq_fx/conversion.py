@@ -19,6 +19,7 @@ from .compress import (
     Statistics,
     cannot_be_fp8,
     cannot_compress,
+    check_packing_format,
     check_weight,
     compress,
     compress_fp8,
@@ -26,6 +27,7 @@ from .compress import (
     shape_of,
 )
 from .config import DEFAULT_IGNORE, HWPQConfig
+from .distributed import reduce_statistics
 from .errors import CalibrationError, ConfigError, ModelError
 from .layers import Layer, check_convertible, layers_of, put, stacked_of
 from .plan import (
@@ -80,6 +82,7 @@ def convert(
     config: HWPQConfig | None = None,
     *,
     plan: Plan | None = None,
+    group: "torch.distributed.ProcessGroup | None" = None,
     progress: bool = False,
 ) -> M:
     """Make the linear layers of `model` 2:4 sparse FP8, in place, and return it.
@@ -90,6 +93,9 @@ def convert(
     is given the model and runs it; or None, for a model that `prepare` made (its observations are used) or else for
     a data-free conversion. Where a batch has a 2-D `attention_mask`, rows where it is 0 do not count.
     plan: what every layer is to become, from `hwpq_fx.plan`; layers it does not name stay dense.
+    group: of processes that each call this with the same model and their share of the batches (`torchrun`;
+    `torch.distributed.group.WORLD`): all end with the same weights, those of one process over all batches up to the
+    order of adding (see `hwpq_fx.distributed`).
     progress: show bars.
 
     Raises ConfigError, CalibrationError, ModelError or TypeError; whatever is raised, Ctrl-C included, the model is
@@ -107,6 +113,9 @@ def convert(
             _checked(module, prepared.config)
         if prepared.calibration is not None:
             _calibrate(prepared.calibration, prepared, calib, progress)
+            if group is not None:
+                with prepared.timed("reduce"):
+                    reduce_statistics(module, prepared.calibration.recorder, group)
     finally:
         if prepared is not None and prepared.calibration is not None:
             prepared.calibration.remove()
@@ -155,6 +164,8 @@ def _checked(module: nn.Module, config: HWPQConfig | None) -> HWPQConfig:
         raise ConfigError(f"step {config.step!r} is for torchao.quantize_; here prepare() and convert() say it")
     if config.sparsity != "2:4" and (config.max_loss, config.min_speedup) != (None, None):
         raise ConfigError(f'max_loss and min_speedup are for sparsity "2:4", not {config.sparsity!r}')
+    for device in {layer.parameter.device for layer in layers_of(module)}:
+        check_packing_format(config, device)
     check_all_match("targets", config.targets or (), names)
     check_all_match("ignore", [p for p in config.ignore if p not in DEFAULT_IGNORE], names)
     return config

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from .evaluate import evaluate
 from .export import FORMATS
 from .export import export as export_model
 from .folder import whole_folder
+from .offload import compress_checkpoint
 from .plan import DEFAULT_GPU, Plan
 from .report import report
 from .sizes import dry_run
@@ -36,15 +38,30 @@ def told():
         raise click.ClickException(str(error)) from error
 
 
+def _device(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    try:
+        torch.empty(0, device=value)
+    except (RuntimeError, AssertionError) as error:
+        raise click.BadParameter(f"{value!r}: {error}") from error
+    return value
+
+
+DEVICE = click.option(
+    "--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True, callback=_device
+)
+
+
 def calibration_options(command: Callable) -> Callable:
     for option in (
         click.option("--calib", metavar="FILE|DATASET", help="Text, JSONL with \"text\", or a dataset's name; without "
                      "it the conversion is data-free."),
-        click.option("--samples", default=128, show_default=True, help="Sequences of calibration text."),
-        click.option("--length", default=2048, show_default=True, help="Tokens of each."),
+        click.option("--samples", default=128, show_default=True, type=click.IntRange(1),
+                     help="Sequences of calibration text."),
+        click.option("--length", default=2048, show_default=True, type=click.IntRange(1),
+                     help="Tokens of each, at most what the model has positions for."),
         click.option("--config", "config_file", type=click.Path(path_type=Path, exists=True, dir_okay=False),
                      help="HWPQConfig's fields as JSON."),
-        click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True),
+        DEVICE,
     ):  # fmt: skip
         command = option(command)
     return command
@@ -55,9 +72,12 @@ def calibration_options(command: Callable) -> Callable:
 @calibration_options
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the new checkpoint.")
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path, exists=True), help="What `hwpq-fx plan` wrote.")
+@click.option("--offload", is_flag=True, help="One decoder block at a time: for models larger than memory. MODEL is a "
+              "local folder of safetensors.")  # fmt: skip
+@click.option("--resume", is_flag=True, help="Go on with an --offload run that was interrupted.")
 @click.option("--dry-run", "dry", is_flag=True, help="Say what would happen to each layer, and touch no weights.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
-def compress(model, calib, samples, length, config_file, device, out, plan_file, dry, as_json) -> None:
+def compress(model, calib, samples, length, config_file, device, out, plan_file, offload, resume, dry, as_json) -> None:
     """Convert MODEL, a folder or a hub id, and write it to --out."""
     with told():
         config = read_config(config_file)
@@ -67,10 +87,21 @@ def compress(model, calib, samples, length, config_file, device, out, plan_file,
             return
         if out is None:
             raise click.UsageError("--out says where the converted model goes (or --dry-run)")
-        loaded, tokenizer = load(model, device)
-        batches = calibration(tokenizer, calib, samples, length, device)
+        _elsewhere(out, model)
+        progress = not as_json and sys.stderr.isatty()
+        if resume and not offload:
+            raise click.UsageError("--resume goes with --offload")
+        if offload:
+            if plan_file:
+                raise click.UsageError("--plan weighs all layers at once, --offload sees one block: choose one")
+            tokens = None if calib is None else _tokens(model, calib, samples, length)
+            made = compress_checkpoint(model, out, tokens, config, device=device, resume=resume, progress=progress)
+            click.echo(json.dumps(made.to_dict()) if as_json else f"{made}written to {out}")
+            return
         plan = Plan.load(plan_file) if plan_file else None
-        convert(loaded, batches, config, plan=plan, progress=not as_json and sys.stderr.isatty())
+        loaded, tokenizer = load(model, device)
+        batches = calibration(loaded, tokenizer, calib, samples, length)
+        convert(loaded, batches, config, plan=plan, progress=progress)
         made = report(loaded)
         with whole_folder(out) as partial:
             loaded.save_pretrained(partial)
@@ -89,8 +120,10 @@ def compress(model, calib, samples, length, config_file, device, out, plan_file,
 def plan(model, calib, samples, length, config_file, device, gpu, out, plot, as_json) -> None:
     """Weigh error against time for every layer of MODEL, without converting it."""
     with told():
+        if plot and find_spec("matplotlib") is None:
+            raise click.UsageError("--plot needs matplotlib: pip install 'hwpq_fx[plot]'")
         loaded, tokenizer = load(model, device)
-        batches = calibration(tokenizer, calib, samples, length, device)
+        batches = calibration(loaded, tokenizer, calib, samples, length)
         config, progress = read_config(config_file), not as_json and sys.stderr.isatty()
         made = make_plan(loaded, batches, config, gpu=gpu, progress=progress)
         if out:
@@ -104,27 +137,39 @@ def plan(model, calib, samples, length, config_file, device, gpu, out, plot, as_
 @click.argument("model")
 @click.option("--text", required=True, metavar="FILE|DATASET", help="Text to predict, as compress's --calib.")
 @click.option("--against", metavar="MODEL", help="The dense model: pairs with it, adds KL.")
-@click.option("--samples", default=64, show_default=True, help="Sequences.")
-@click.option("--length", default=2048, show_default=True, help="Tokens of each.")
-@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
+@click.option("--samples", default=64, show_default=True, type=click.IntRange(1), help="Sequences.")
+@click.option(
+    "--length",
+    default=2048,
+    show_default=True,
+    type=click.IntRange(2),
+    help="Tokens of each, at most what the model has positions for.",
+)
+@DEVICE
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def evaluate_command(model, text, against, samples, length, device, as_json) -> None:
     """Perplexity of MODEL on a text; with --against also the difference to the dense model, paired."""
     with told():
         loaded, tokenizer = load(model, device)
         dense = load(against, device)[0] if against else None
-        tokens = sequences(tokenizer, texts_of(text), length, samples)
+        if dense is not None and dense.config.vocab_size != loaded.config.vocab_size:
+            raise click.UsageError(f"{against} has another vocabulary than {model}")
+        tokens = sequences(tokenizer, texts_of(text), _length(loaded, length), samples)
         found = evaluate(loaded, tokens, dense)
     if as_json:
         click.echo(json.dumps(found._asdict()))
         return
     console = Console()
     console.print(f"perplexity {found.perplexity:.3f} on {found.tokens} tokens")
-    console.print(f"loss       {found.loss:.4f} ± {found.loss_error:.4f} nats a token")
+    console.print(f"loss       {found.loss:.4f} ± {_text(found.loss_error)} nats a token")
     if dense is not None:
         console.print(f"dense      {found.dense_perplexity:.3f}")
-        console.print(f"difference in loss {found.difference:+.4f} ± {found.difference_error:.4f}, paired")
-        console.print(f"KL(dense || converted) {found.kl:.4f} ± {found.kl_error:.4f} nats a token")
+        console.print(f"difference in loss {found.difference:+.4f} ± {_text(found.difference_error)}, paired")
+        console.print(f"KL(dense || converted) {found.kl:.4f} ± {_text(found.kl_error)} nats a token")
+
+
+def _text(error: float | None) -> str:
+    return "?" if error is None else f"{error:.4f}"
 
 
 @click.command()
@@ -135,6 +180,7 @@ def evaluate_command(model, text, against, samples, length, device, as_json) -> 
 def export(directory, kind, out) -> None:
     """Write a converted checkpoint as an ordinary one, zeros in place, for engines that know no 2:4."""
     with told():
+        _elsewhere(out, directory)
         loaded, tokenizer = load(directory, "cpu")
         export_model(loaded, out, kind)
         tokenizer.save_pretrained(out)
@@ -153,11 +199,33 @@ def load(model: str, device: str) -> tuple[Any, Any]:
         raise click.ClickException(f"{model}: {error}") from error
 
 
-def calibration(tokenizer: Any, calib: str | None, samples: int, length: int, device: str) -> list[dict] | None:
+def calibration(model: Any, tokenizer: Any, calib: str | None, samples: int, length: int) -> list[dict] | None:
     if calib is None:
         return None
-    tokens = sequences(tokenizer, texts_of(calib), length, samples).to(device)
+    tokens = sequences(tokenizer, texts_of(calib), _length(model, length), samples).to(model.device)
     return [{"input_ids": part, "use_cache": False} for part in tokens.split(4)]
+
+
+def _tokens(folder: str, calib: str, samples: int, length: int) -> list[dict]:
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        tokenizer, described = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise click.ClickException(f"{folder}: {error}") from error
+    positions = getattr(described.get_text_config(), "max_position_embeddings", None) or length
+    return [
+        {"input_ids": part} for part in sequences(tokenizer, texts_of(calib), min(length, positions), samples).split(4)
+    ]
+
+
+def _length(model: Any, length: int) -> int:
+    return min(length, getattr(model.config.get_text_config(), "max_position_embeddings", None) or length)
+
+
+def _elsewhere(out: Path, source: str) -> None:
+    if Path(source).exists() and Path(source).resolve() == out.resolve():
+        raise click.UsageError(f"--out {out} is the model itself: name another folder")
 
 
 def read_config(file: Path | None) -> HWPQConfig:

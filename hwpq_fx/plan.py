@@ -19,7 +19,7 @@ from hwpq_fx.kernels.ewma import ewma
 from hwpq_fx.kernels.gpus import GPUS
 from hwpq_fx.kernels.paths import PATHS, target_of
 from hwpq_fx.kernels.roofline import DENSE_FP8, OURS, floor
-from hwpq_fx.kernels.table import table_of
+from hwpq_fx.kernels.table import DENSE_NAMES, table_of
 
 from .errors import ConfigError
 
@@ -191,13 +191,14 @@ def times_of(
     if gpu not in GPUS:
         raise ConfigError(f"gpu {gpu!r} is not known; choose one of {', '.join(GPUS)}")
     target = target_of(device)
-    paths = {DENSE: ("bf16",), FP8: DENSE_FP8, SPARSE: tuple(PATHS)}
+    paths = {DENSE: DENSE_NAMES[:1], FP8: DENSE_NAMES[1:], SPARSE: tuple(PATHS)}
     measured = table_of(target.name).times(rows, *shape) if target else {}
-    if all(any(name in measured for name in paths[status]) for status in statuses):
+    if target and all(any(name in measured for name in paths[status]) for status in statuses):
         best = {status: min(measured[name] for name in paths[status] if name in measured) for status in statuses}
         return best, f"measurement on {target.name}"
-    ops = paths | {SPARSE: OURS}
-    best = {status: 1e6 * min(floor(op, rows, *shape, GPUS[gpu]).seconds for op in ops[status]) for status in statuses}
+    ops = {DENSE: ("bf16",), FP8: DENSE_FP8, SPARSE: OURS}
+    n, k = shape
+    best = {status: 1e6 * min(floor(op, rows, n, k, GPUS[gpu]).seconds for op in ops[status]) for status in statuses}
     return best, f"the roofline model of {GPUS[gpu].name}"
 
 

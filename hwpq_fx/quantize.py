@@ -15,12 +15,13 @@ from torchao.quantization.transform_module import register_quantize_module_handl
 from hwpq_fx.kernels import FORMAT_K, Float8Sparse24Tensor
 from hwpq_fx.passes import Use
 
-from .compress import cannot_compress, check_weight, compress, fast
-from .config import DEFAULT_IGNORE, HWPQConfig
+from .compress import cannot_compress, check_packing_format, check_weight, compress, fast
+from .config import DEFAULT_IGNORE, SPARSE_2D, HWPQConfig
 from .curvature import CurvatureBudget
 from .errors import CalibrationError, ConfigError
 from .layers import Layer
 from .statistics import InputStatistics
+from .torchao_tensor import to_torchao
 
 logger = logging.getLogger("hwpq_fx")
 OBSERVER = "_hwpq_observer"
@@ -56,9 +57,10 @@ def quantize_module(module: nn.Module, config: HWPQConfig, *, parameter_name: st
         raise ConfigError("quantize_ shows no names: choose layers by its filter_fn or by FqnToConfig")
     if config.max_loss is not None or config.min_speedup is not None:
         raise ConfigError("max_loss and min_speedup weigh layers against each other: use hwpq_fx.convert")
+    check_packing_format(config, parameter.device)
     layer = Layer([what], module, parameter_name, parameter, [])
-    use = layer.static_use
-    reason = cannot_compress(layer, [use], config) if use else "not a linear layer"
+    use = layer.static_use if parameter.dim() == 2 else None
+    reason = cannot_compress(layer, [use], config) if use else "not a linear layer with a 2-D weight"
     if reason:
         logger.warning("%s stays dense: %s", what, reason)
         return module
@@ -112,5 +114,7 @@ def _empty(parameter: torch.Tensor, use: Use, config: HWPQConfig) -> torch.Tenso
         False,
         parameter.dtype,
     )
+    if config.packing_format == SPARSE_2D:
+        return to_torchao(weight)
     weight = weight.expand() if config.layout == "fastest" else weight
     return weight.t() if use.transposed else weight

@@ -16,7 +16,7 @@ from .compress import cannot_compress, shape_of
 from .config import DEFAULT_IGNORE, HWPQConfig
 from .curvature import CurvatureBudget, GramMatrix
 from .errors import ModelError
-from .layers import layers_of
+from .layers import layers_of, stacked_of
 from .targets import check_all_match, matches
 
 
@@ -25,7 +25,7 @@ class LayerSize:
     """One layer: what it would become and why, and its bytes now and then."""
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     status: str
     reason: str
     dense_bytes: int
@@ -42,6 +42,9 @@ class DryRun:
     statistics_bytes: int
     """What calibration would gather, at most: sums of squares, and with "cg" X^T X or samples of rows."""
 
+    bounded: bool
+    """Whether the config has bounds, which may leave layers dense that are named converted here."""
+
     @property
     def converted_bytes(self) -> int:
         """All parameters and buffers, then."""
@@ -49,7 +52,8 @@ class DryRun:
 
     @property
     def memory_bytes(self) -> int:
-        """What `convert` takes at its fullest, activations left out: dense and packed weights and the statistics."""
+        """What `convert` takes at its fullest, activations and second layouts left out: dense and packed weights and
+        the statistics."""
         packed = sum(layer.bytes for layer in self.layers if layer.status != "dense")
         return self.model_bytes + packed + self.statistics_bytes
 
@@ -70,6 +74,8 @@ class DryRun:
         console.print(table)
         gib = (self.model_bytes / 2**30, self.converted_bytes / 2**30, self.memory_bytes / 2**30)
         console.print("model {:.2f} GiB > {:.2f} GiB; converting takes {:.2f} GiB and the activations".format(*gib))
+        if self.bounded:
+            console.print("max_loss and min_speedup need calibration to say which layers stay dense: see hwpq-fx plan")
         return text.getvalue()
 
 
@@ -87,7 +93,10 @@ def dry_run(source: str, config: HWPQConfig) -> DryRun:
     if getattr(described, "quantization_config", None) is not None:
         raise ModelError(f"{source} is quantized already")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(described, dtype=described.dtype or torch.float32)
+        try:
+            model = AutoModelForCausalLM.from_config(described, dtype=described.dtype or torch.float32)
+        except ValueError as error:
+            raise ModelError(f"{source} is no causal language model: {error}") from error
     names = [name for layer in layers_of(model) for name in layer.names]
     check_all_match("targets", config.targets or (), names)
     check_all_match("ignore", [pattern for pattern in config.ignore if pattern not in DEFAULT_IGNORE], names)
@@ -118,5 +127,8 @@ def dry_run(source: str, config: HWPQConfig) -> DryRun:
         elif curvature is not None:
             statistics += 4 * cols * curvature.capacity
         found.append(LayerSize(layer.name, (rows, cols), status, "", dense, size))
+    for name, parameter in stacked_of(model):
+        reason = "3-D, a matrix per expert: only 2-D weights are converted"
+        found.append(LayerSize(name, tuple(parameter.shape), "dense", reason, parameter.nbytes, parameter.nbytes))
     total = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
-    return DryRun(found, total, statistics)
+    return DryRun(found, total, statistics, (config.max_loss, config.min_speedup) != (None, None))

@@ -1,6 +1,7 @@
 """Text for calibration and evaluation, from a file or a dataset, as sequences of tokens."""
 
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,14 @@ import torch
 
 from .errors import CalibrationError
 
+ROWS = 20_000
+"""Rows read of a dataset."""
+
 
 def texts_of(source: str) -> list[str]:
     """The texts of a file: each line of a .jsonl file its own, under "text"; any other file is one text. What is no
-    file is a dataset's name for the `datasets` library, its "train" split and "text" column.
+    file is a dataset for the `datasets` library, as NAME or NAME:SUBSET: up to 20000 rows of its "train" split, column
+    "text".
 
     Raises CalibrationError where there is no such thing, or no text in it.
     """
@@ -21,11 +26,13 @@ def texts_of(source: str) -> list[str]:
     try:
         content = file.read_text(encoding="utf-8")
         if file.suffix == ".jsonl":
-            texts = [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
+            texts = [json.loads(line)["text"] for line in content.split("\n") if line.strip()]
         else:
             texts = [content]
     except (ValueError, KeyError, TypeError) as error:
         raise CalibrationError(f'{source}: not text, or no JSON lines with "text": {error}') from error
+    if any(not isinstance(text, str) for text in texts):
+        raise CalibrationError(f'{source}: a line\'s "text" is no text')
     if not any(text.strip() for text in texts):
         raise CalibrationError(f"{source} holds no text")
     return texts
@@ -37,7 +44,9 @@ def _dataset(name: str) -> list[str]:
     except ImportError as error:
         raise CalibrationError(f"{name} is no file; to take it for a dataset's name, pip install datasets") from error
     try:
-        return list(load_dataset(name, split="train")["text"])
+        path, _, subset = name.partition(":")
+        rows = load_dataset(path, subset or None, split="train", streaming=True)
+        return [row["text"] for row in islice(rows, ROWS)]
     except Exception as error:
         raise CalibrationError(f"dataset {name}: {error}") from error
 

@@ -10,11 +10,11 @@ import torch
 from hwpq_fx.kernels.cusparselt24 import export_algorithms
 from hwpq_fx.kernels.paths import PATHS
 from hwpq_fx.kernels.roofline import MODELS
-from hwpq_fx.kernels.table import Table, load_table, save_table, user_table_file
+from hwpq_fx.kernels.table import DENSE_NAMES, Table, load_table, save_table, user_table_file
 
 from .bench_linears import Shape
 from .bench_run import COMPILING
-from .contenders import Contender, path_contenders
+from .contenders import Contender, dense_contenders, path_contenders
 from .errors import ConfigError
 from .linears import decoder
 from .machine import no_gpu
@@ -40,15 +40,20 @@ class Tuned(NamedTuple):
 
 
 def tune_shapes(
-    clock: Clock, shapes: Iterable[tuple[int, int]], rows: Sequence[int], seconds: float
+    clock: Clock,
+    shapes: Iterable[tuple[int, int]],
+    rows: Sequence[int],
+    seconds: float,
+    peers: Sequence[Contender] = (),
 ) -> Iterator[Tuned]:
-    """Time the paths that serve, at every number of rows, for each weight (N, K).
+    """Time the paths that serve, at every number of rows, for each weight (N, K), and beside them `peers`: dense
+    products, which `hwpq_fx.plan` weighs ours against.
 
     Activations quantized by a path are part of its time. A path whose result is wrong, or that fails, gets no entry
     and no further try at this shape.
     """
     for n, k in shapes:
-        shape = Shape(clock, (n, k), path_contenders(ROWS[-1]))
+        shape = Shape(clock, (n, k), [*path_contenders(ROWS[-1]), *peers])
         tuned = Tuned(n, k, {}, [])
         left = list(shape.contenders)
         for m in sorted(rows):
@@ -58,16 +63,18 @@ def tune_shapes(
                     times[contender.name] = line["median_us"]
                     continue
                 left.remove(contender)
-                if line["status"] != "unserved":
+                # a peer that fails here leaves plans to the roofline, and is no fault of ours
+                if line["status"] != "unserved" and contender.name in PATHS:
                     tuned.refused.append(f"{contender.name} at M = {m}: {line['status']}, {line['error']}")
             if times:
                 tuned.us[m] = times
-            left = [one for one in left if not _hopeless(one, times)]
+            left = [one for one in left if one.name not in PATHS or not _hopeless(one, times)]
         yield tuned
 
 
 def _hopeless(contender: Contender, times: dict[str, float]) -> bool:
-    alike = [us for name, us in times.items() if PATHS[name].fp8 == PATHS[contender.name].fp8]
+    ours = {name: us for name, us in times.items() if name in PATHS}
+    alike = [us for name, us in ours.items() if PATHS[name].fp8 == PATHS[contender.name].fp8]
     return times[contender.name] > HOPELESS * min(alike)
 
 
@@ -106,8 +113,9 @@ def tune(context: click.Context, models: tuple[str, ...], quick: bool, as_json: 
     say = (lambda text: None) if as_json else click.echo
     try:
         refused = run_tune(
-            CudaClock(), device, file, shapes, QUICK_ROWS if quick else ROWS, QUICK_SECONDS if quick else SECONDS, say
-        )
+            CudaClock(), device, file, shapes, QUICK_ROWS if quick else ROWS, QUICK_SECONDS if quick else SECONDS,
+            say, dense_contenders(),
+        )  # fmt: skip
     except GpuLost as error:
         click.echo(f"the GPU was lost ({error}); shapes measured before are in {file}", err=True)
         context.exit(1)
@@ -127,12 +135,13 @@ def run_tune(
     rows: Sequence[int],
     seconds: float,
     say: Callable[[str], Any],
+    peers: Sequence[Contender] = (),
 ) -> list[str]:
     """Measure, writing the table after every shape; returns what was refused a place in it."""
     table = earlier(file, device, lambda text: click.echo(text, err=True))
     entries, refused = dict(table.entries), []
     with torch.no_grad(), torch._dynamo.config.patch(COMPILING):
-        for at, tuned in enumerate(tune_shapes(clock, shapes, rows, seconds), 1):
+        for at, tuned in enumerate(tune_shapes(clock, shapes, rows, seconds, peers), 1):
             if tuned.us:
                 entries[tuned.n, tuned.k] = tuned.us
                 save_table(Table(entries, {**table.algorithms, **export_algorithms()}), device, file)
@@ -143,7 +152,8 @@ def run_tune(
 
 def summary(us: Times) -> str:
     """The fastest path by rows, as "gemv 1-8, tiles 16-64"."""
-    best = [(m, min(times, key=times.__getitem__)) for m, times in sorted(us.items())]
+    ours = {m: {name: time for name, time in times.items() if name not in DENSE_NAMES} for m, times in us.items()}
+    best = [(m, min(times, key=times.__getitem__)) for m, times in sorted(ours.items()) if times]
     spans: list[list[Any]] = []
     for m, name in best:
         if spans and spans[-1][0] == name:

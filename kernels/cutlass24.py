@@ -47,10 +47,17 @@ def make_layout(qdata: torch.Tensor, sparse_metadata: torch.Tensor) -> torch.Ten
     """CUTLASS's metadata: 1-D uint8. Byte (row, b) of `sparse_metadata` goes to (b // 16, row, b % 16), with rows
     filled up to a multiple of 64 (`fill_layoutE`, lines 243-264)."""
     n, used = sparse_metadata.shape
-    rows, columns = _blocks(n, used)
+    rows, columns = blocks(n, used)
     padded = sparse_metadata.new_full((rows, columns), PADDING)
     padded[:n, :used] = sparse_metadata
     return padded.view(rows, columns // BLOCK_BYTES, BLOCK_BYTES).transpose(0, 1).reshape(-1)
+
+
+def read_layout(layout: torch.Tensor, n: int, used: int) -> torch.Tensor:
+    """`sparse_metadata` [n, used] from what `make_layout` made of it, in any shape."""
+    rows, columns = blocks(n, used)
+    padded = layout.reshape(columns // BLOCK_BYTES, rows, BLOCK_BYTES).transpose(0, 1).reshape(rows, columns)
+    return padded[:n, :used].contiguous()
 
 
 def product(
@@ -72,7 +79,7 @@ def product(
     if m == 0:  # no tensor memory descriptor can be empty
         return x.new_empty((0, n), dtype=out_dtype)
     # torchao asks for [max(N, 64), columns], where CUTLASS goes by the address alone and reads rows up to 64
-    columns = _blocks(n, sparse_metadata.shape[1])[1]
+    columns = blocks(n, sparse_metadata.shape[1])[1]
     rows = max(n, BLOCK_ROWS)
     metadata = layout[: rows * columns].view(rows, columns)
     bias = None if bias is None else bias.to(out_dtype)
@@ -82,6 +89,6 @@ def product(
         return op(x, x_scale.reshape(-1), qdata, metadata, scale, bias, out_dtype)
 
 
-def _blocks(n: int, used: int) -> tuple[int, int]:
+def blocks(n: int, used: int) -> tuple[int, int]:
     """Rows and bytes a row of metadata in whole blocks."""
     return math.ceil(n / BLOCK_ROWS) * BLOCK_ROWS, math.ceil(used / BLOCK_BYTES) * BLOCK_BYTES

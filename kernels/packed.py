@@ -234,7 +234,8 @@ def packed_linear(x: torch.Tensor, weight: Float8Sparse24Tensor, bias: torch.Ten
         x_hp = x if hp or (torch.is_grad_enabled() and x.requires_grad) else None
     elif not fits_hp(weight, x.dtype):
         prepacked, prepacked_for = None, ""
-    parts = (weight.qdata, weight.sparse_metadata, weight.scale)
+    # those of a weight that was cut along its input channels, or every other row, do not lie as kernels read them
+    parts = [getattr(weight, name).contiguous() for name in weight.tensor_data_names]
     return linear24(values, scale, *parts, bias, prepacked, x_hp, x.dtype, prepacked_for)
 
 
@@ -347,14 +348,47 @@ def _(func, types, args, kwargs):
         # of the layouts only the dense one has rows
         whole = weight if weight.prepacked_for == DENSE else weight.bare()
         part = whole._apply_fn_to_data(lambda part: aten.slice.Tensor(part, 0, start, end, step))
-    elif (everything := range(weight.shape[dim]))[start:end:step] == everything:
+    elif (cut := (everything := range(weight.shape[dim]))[start:end:step]) == everything:
         part = weight._with()
+    elif step == 1 and cut.start % FORMAT_K == cut.stop % FORMAT_K == 0:
+        part = _columns(weight, cut.start, max(cut.start, cut.stop))
     else:
         raise NotImplementedError(
-            "a packed weight is sliced along its output rows only: its input channels are packed in groups of four; "
-            "dequantize() first"
+            f"a packed weight is cut along its input channels at multiples of {FORMAT_K} only, which are packed "
+            "together; dequantize() first"
         )
     return return_and_correct_aliasing(func, args, kwargs, part)
+
+
+def _columns(weight: Float8Sparse24Tensor, start: int, stop: int) -> Float8Sparse24Tensor:
+    """Input channels start..stop, multiples of 8: the memory of `weight` itself."""
+    whole = weight if weight.prepacked_for == DENSE else weight.bare()
+    width = {"qdata": 2, "sparse_metadata": FORMAT_K, "prepacked": 1}  # input channels to an element
+    names = [name for name in width if getattr(whole, name) is not None]
+    return whole._with(**{n: getattr(whole, n)[:, start // width[n] : stop // width[n]] for n in names})
+
+
+@implements(aten.cat.default)
+def _(func, types, args, kwargs):
+    weights, dim = _arguments(("tensors", "dim"), args, kwargs)
+    first = weights[0]
+    kinds = {(one.activation, one.transposed, one.dtype) if _is_packed(one) else None for one in weights}
+    if len(kinds) > 1:
+        raise NotImplementedError(
+            "cat joins packed weights of one activation, orientation and dtype, not these; dequantize() them first"
+        )
+    along_rows = _dim(dim or 0) == _row_dim(first)
+    if not along_rows and not all(one.scale.equal(first.scale) for one in weights):
+        raise NotImplementedError(
+            "packed weights are joined along their input channels only where they have the same scales; dequantize() "
+            "them first"
+        )
+    parts = {
+        name: torch.cat([getattr(one, name) for one in weights], 0 if along_rows else 1)
+        for name in first.tensor_data_names
+    }
+    new = first.bare()._with(**parts | ({} if along_rows else {"scale": first.scale.clone()}))
+    return new.expand() if first._wants_layout() else new
 
 
 @implements([aten.split.Tensor, aten.split_with_sizes.default])
@@ -368,6 +402,16 @@ def _(func, types, args, kwargs):
         raise RuntimeError(f"split: {list(sizes)} do not add up to {length}, the size of dimension {dim}")
     bounds = accumulate(sizes, initial=0)
     return [aten.slice.Tensor(weight, dim, start, end, 1) for start, end in pairwise(bounds)]
+
+
+@implements(aten.view.default)
+def _(func, types, args, kwargs):
+    weight, shape = args
+    if tuple(shape) != tuple(weight.shape):
+        raise NotImplementedError(
+            f"a packed weight {tuple(weight.shape)} cannot be viewed as {tuple(shape)}; dequantize() first"
+        )
+    return return_and_correct_aliasing(func, args, kwargs, weight._with())
 
 
 def _row_dim(weight: Float8Sparse24Tensor) -> int:

@@ -6,8 +6,8 @@ The file is JSON, one per kind of GPU, in the user's cache folder:
      "entries": [{"n": 4096, "k": 4096, "us": {"1": {"gemv": 5.1, "tiles": 7.9}, "2": {...}}}],
      "algorithms": {...}}
 
-us: median microseconds of each path that serves, by rows of x; algorithms: what cuSPARSELt's search found
-(`cusparselt24.export_algorithms`).
+us: median microseconds of each path that serves, and of `DENSE_NAMES`, by rows of x; algorithms: what cuSPARSELt's
+search found (`cusparselt24.export_algorithms`).
 """
 
 import json
@@ -27,6 +27,9 @@ from .cusparselt24 import import_algorithms
 
 FORMAT = 1
 logger = logging.getLogger("hwpq_fx")
+
+# What is not ours and may stand in a table beside our paths, for `hwpq_fx.plan`: bf16, then dense FP8.
+DENSE_NAMES = ("bf16", "fp8 dynamic", "fp8 weight-only")
 
 Times = Mapping[int, Mapping[str, float]]
 """Microseconds of each path by name, for each number of rows."""

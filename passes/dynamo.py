@@ -114,6 +114,11 @@ class _Call:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
 
+    @property
+    def __code__(self) -> CodeType:
+        # torch.export reads the names of the arguments off it
+        return type(self.module).forward.__code__
+
 
 class Observation:
     """While it stands, calls of the module run through `observe`, a Dynamo backend, and nothing else.

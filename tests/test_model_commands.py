@@ -146,7 +146,7 @@ WRONG = {
     "no model": (["eval", "nowhere/at-all", "--text", "{text}"], "nowhere/at-all"),
     "no text": (["compress", "{dense}", "--calib", "missing.txt", "--out", "{out}", *CALIB], "missing.txt"),
     "empty text": (["compress", "{dense}", "--calib", "{empty}", "--out", "{out}", *CALIB], "holds no text"),
-    "too short": (["compress", "{dense}", "--calib", "{text}", "--out", "{out}", "--length", "99999"], "too few"),
+    "too short": (["compress", "{dense}", "--calib", "{short}", "--out", "{out}"], "too few"),
     "bad config": (["compress", "{dense}", "--config", "{bad}", "--out", "{out}"], "saliency 'x'"),
     "config of unknown fields": (["compress", "{dense}", "--config", "{odd}", "--out", "{out}"], "unknown_field"),
     "bad plan": (["compress", "{dense}", "--plan", "{bad}", "--out", "{out}"], "no plan"),
@@ -157,7 +157,8 @@ WRONG = {
 def test_mistakes_are_told_and_write_nothing(folder, tmp_path, case):
     args, message = WRONG[case]
     names = {"dense": folder / "dense", "text": folder / "text.txt", "out": tmp_path / "out"}
-    for name, content in (("empty", " "), ("bad", '{"saliency": "x"}'), ("odd", '{"unknown_field": 1}')):
+    files = {"empty": " ", "short": "hello", "bad": '{"saliency": "x"}', "odd": '{"unknown_field": 1}'}
+    for name, content in files.items():
         names[name] = tmp_path / name
         names[name].write_text(content)
     out = run(*(arg.format(**names) for arg in args), code=1)
@@ -167,3 +168,40 @@ def test_mistakes_are_told_and_write_nothing(folder, tmp_path, case):
 
 def test_out_is_needed(folder):
     assert "--out says where" in run("compress", folder / "dense", code=2)
+
+
+def test_in_place_is_refused(folder, compressed):
+    told = run("compress", folder / "dense", "--out", folder / "dense", code=2)
+    assert "is the model itself" in told
+    assert "is the model itself" in run("export", compressed[0], "--out", compressed[0], code=2)
+
+
+def test_one_sequence_has_no_standard_error(folder):
+    args = ("--text", folder / "text.txt", "--samples", "1", "--length", "8", "--device", "cpu")
+    assert json.loads(run("eval", folder / "dense", *args, "--json"))["loss_error"] is None
+    assert "± ?" in run("eval", folder / "dense", *args)
+
+
+@pytest.mark.parametrize(
+    "extra", [("--samples", "0"), ("--length", "1"), ("--device", "nonsense")], ids=lambda extra: extra[0]
+)
+def test_numbers_that_cannot_be(folder, extra):
+    told = run("eval", folder / "dense", "--text", folder / "text.txt", *extra, code=2)
+    assert extra[0] in told and "Traceback" not in told
+
+
+def test_dry_run_says_what_it_cannot_know(folder, tmp_path):
+    (tmp_path / "config.json").write_text('{"max_loss": 0.01}')
+    assert "see hwpq-fx plan" in run("compress", folder / "dense", "--dry-run", "--config", tmp_path / "config.json")
+
+
+def test_block_by_block_is_the_same(folder, compressed, tmp_path):
+    args = ("compress", folder / "dense", "--calib", folder / "text.txt", "--out", tmp_path / "out", *CALIB)
+    assert "14 of 15 layers converted" in run(*args, "--offload")
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    theirs = AutoModelForCausalLM.from_pretrained(compressed[0]).state_dict()
+    for name, weight in theirs.items():
+        if isinstance(weight, Float8Sparse24Tensor):
+            assert torch.equal(weight.qdata.view(torch.uint8), ours[name].qdata.view(torch.uint8)), name
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    assert "--resume goes with --offload" in run(*args, "--resume", code=2)

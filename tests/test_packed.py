@@ -402,18 +402,71 @@ def test_cut_into_pieces():
 @pytest.mark.parametrize(
     "cut",
     [
-        lambda w: w[:, 8:],
-        lambda w: w[:, :-8],
+        lambda w: w[:, 4:],
+        lambda w: w[:, :-6],
         lambda w: w[:, ::2],
-        lambda w: w.narrow(1, 0, 8),
-        lambda w: w.split(16, 1),
-        lambda w: w.chunk(2, dim=-1),
-        lambda w: w.t()[8:],
+        lambda w: w.narrow(1, 8, 12),
+        lambda w: w.split(12, 1),
+        lambda w: w.t()[1:],
     ],
 )
-def test_columns_are_not_cut(cut):
-    with pytest.raises(NotImplementedError, match="along its output rows only"):
+def test_columns_that_are_packed_together_are_not_cut(cut):
+    with pytest.raises(NotImplementedError, match="at multiples of 8 only"):
         cut(make())
+
+
+@pytest.mark.parametrize("expanded", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_columns_are_cut_without_copying(activation, expanded):
+    weight = make(activation=activation)
+    weight = weight.expand() if expanded else weight.bare()
+    dense = weight.dequantize()
+    for part, expected in (
+        (weight[:, 8:], dense[:, 8:]),
+        (weight[:, :-8], dense[:, :-8]),
+        (weight[:, 16:8], dense[:, 16:8]),
+        (weight.narrow(1, 8, 16), dense[:, 8:24]),
+        (weight.split(16, 1)[-1], dense.split(16, 1)[-1]),
+        (weight.chunk(2, dim=-1)[0], dense.chunk(2, dim=-1)[0]),
+        (weight.t()[8:].t(), dense[:, 8:]),
+        (weight[2:9, 8:16], dense[2:9, 8:16]),
+    ):
+        assert part.shape == expected.shape
+        assert part.dequantize().equal(expected)
+        assert (part.prepacked is not None) is expanded
+        x = torch.randn(9, part.shape[1])
+        if x.numel():
+            y = F.linear(x, part)
+            assert (y - x @ expected.t()).norm() < 0.05 * y.norm()
+            assert y.equal(F.linear(x, copy.deepcopy(part)))
+    assert weight[:, 8:].qdata.data_ptr() == weight.qdata[:, 4:].data_ptr()
+
+
+def test_kernels_get_parts_without_gaps(monkeypatch):
+    weight = make(expanded=False)
+    for part in (weight[:, 8:24], weight[::2]):
+        given = []
+        monkeypatch.setattr("hwpq_fx.kernels.packed.linear24", lambda *args, given=given: given.append(args))
+        F.linear(torch.randn(3, part.shape[1]), part)
+        assert not part.qdata.is_contiguous()
+        assert all(one.is_contiguous() for one in given[0][2:5])
+
+
+@pytest.mark.parametrize("expanded", [False, True])
+def test_pieces_are_joined(expanded):
+    weight, other = (one.expand() if expanded else one.bare() for one in (make(), make()))
+    for dim in (0, 1, -1):
+        joined = torch.cat(weight.chunk(2, dim), dim)
+        same(joined, weight)
+        assert (joined.prepacked is not None) is expanded
+        assert joined.scale.data_ptr() != weight.scale.data_ptr()
+    same(torch.cat(weight.t().chunk(3, 1), 1), weight.t())
+    assert torch.cat([weight, other]).dequantize().equal(torch.cat([weight.dequantize(), other.dequantize()]))
+    with pytest.raises(NotImplementedError, match="only where they have the same scales"):
+        torch.cat([weight, other], 1)
+    for odd in (weight.t(), weight.bfloat16(), weight.dequantize(), make(activation="none")):
+        with pytest.raises(NotImplementedError, match="of one activation, orientation and dtype"):
+            torch.cat([weight, odd])
 
 
 def test_transposes():
@@ -758,7 +811,7 @@ def test_attention(kind, batch_first, mode):
 @pytest.mark.parametrize(("kind", "products"), zip(KINDS, (2, 3, 4), strict=True))
 def test_attention_projects_equal_inputs_at_once(kind, products, monkeypatch):
     calls = []
-    monkeypatch.setattr(packed, "linear24", lambda *given: calls.append(given) or linear24(*given))
+    monkeypatch.setattr("hwpq_fx.kernels.packed.linear24", lambda *given: calls.append(given) or linear24(*given))
     attention(True)[0](*inputs(kind, True))
     assert len(calls) == products
 

@@ -198,7 +198,7 @@ def test_times(monkeypatch):
     assert slower[DENSE] > 3 * modelled[DENSE]
     with pytest.raises(ConfigError, match="gpu 'v100' is not known"):
         times_of((64, 64), 1, "v100", torch.device("cpu"), (DENSE,))
-    measured = Table({(64, 64): {8: {"bf16": 9.0, "fp8_dynamic": 7.0, "gemv": 5.0, "tiles": 4.0}}})
+    measured = Table({(64, 64): {8: {"bf16": 9.0, "fp8 dynamic": 7.0, "gemv": 5.0, "tiles": 4.0}}})
     planning = __import__("sys").modules["hwpq_fx.plan"]
     monkeypatch.setattr(planning, "target_of", lambda device: hwpq_fx.kernels.paths.Target(90, "G"))
     monkeypatch.setattr(planning, "table_of", lambda name: measured)

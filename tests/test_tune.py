@@ -11,7 +11,7 @@ from clocks import TINY, FakeClock, FakeRegion
 from hwpq_fx import contenders
 from hwpq_fx.kernels.paths import PATHS
 from hwpq_fx.kernels.paths import Target as Gpu
-from hwpq_fx.kernels.table import load_table, versions
+from hwpq_fx.kernels.table import DENSE_NAMES, load_table, versions
 from hwpq_fx.tune import earlier, run_tune, summary, tune, tune_shapes
 
 DEVICE = "NVIDIA H100 80GB HBM3"
@@ -64,6 +64,20 @@ def test_every_path_is_timed_until_it_is_hopeless(paths):
         32: {"gemv": 32.0, "tiles": 4.0, "tiles_fp8": 8.0},
         64: {"tiles": 4.0, "tiles_fp8": 8.0},
     }
+
+
+def test_dense_products_stand_beside_for_plans(paths):
+    peer = contenders.dense_contenders()[0]
+    assert [one.name for one in contenders.dense_contenders()] == list(DENSE_NAMES)
+
+    class Clock(SlowClock):
+        def region(self, calls, length):
+            ours = any(hasattr(cell.cell_contents, "product") for cell in calls[0].func.__closure__ or ())
+            return super().region(calls, length) if ours else FakeRegion(calls, length, [9e-3] * 5)
+
+    (tuned,) = tune_shapes(Clock(seconds), [(16, 32)], [1, 2], 0.1, [peer])
+    assert [times["bf16"] for times in tuned.us.values()] == [9000.0, 9000.0]  # slow as it is, it is not left out
+    assert "bf16" not in summary(tuned.us) and "gemv 1-2" in summary(tuned.us)
 
 
 def test_the_fastest_of_its_kind_stays_however_slow(paths):
