@@ -15,6 +15,7 @@ SAYS = {
     "quickstart.py": ["7 of 15 layers converted", "2:4 fp8"],
     "torchao_flow.py": ["Float8Tensor", "Float8Sparse24Tensor", "logits (4, 32, 1000)"],
     "transformers_save_load.py": ["model.safetensors.index.json", "same logits: True", "6 weights 2:4 while loading"],
+    "offloaded.py": ["layers converted", "2:4 fp8", "tensor("],
     "evaluate.py": ["none", "energy", "cg", "±"],
     "lm_eval_local.py": ["7 of 8 layers converted", "'acc,none':", "'sample_len': 20"],
 }

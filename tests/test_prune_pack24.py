@@ -94,6 +94,8 @@ def adversarial(draw):
 )
 def test_kernel_on_adversarial_weights(weight, seed, dtype, saliency, free):
     weight = weight.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype).to(DEVICE)
+    if dtype is torch.bfloat16 and DEVICE == "cpu":  # Triton's interpreter gives its subnormals other values
+        weight = weight.masked_fill(weight.abs() < torch.finfo(dtype).tiny, 0)
     mask = random_mask(seed, *weight.shape) if saliency == "mask" else None
     sum_sq = None if free else torch.rand(weight.shape[1], generator=torch.Generator().manual_seed(seed)).to(DEVICE)
     assert_kernel_is_the_reference(weight, sum_sq, mask, "magnitude" if mask is not None else saliency)

@@ -264,6 +264,8 @@ def test_kernel_on_adversarial_weights(weight, signs, free, dtype, saliency, sel
     generator = torch.Generator().manual_seed(signs)
     weight = weight * (1 - 2 * torch.randint(2, weight.shape, generator=generator))
     weight = weight.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype).to(DEVICE)
+    if dtype is torch.bfloat16 and DEVICE == "cpu":  # Triton's interpreter gives its subnormals other values
+        weight = weight.masked_fill(weight.abs() < torch.finfo(dtype).tiny, 0)
     sum_sq = None if free else torch.rand(weight.shape[1], generator=generator).to(DEVICE)
     assert_same_as_reference(weight, sum_sq, saliency, selection, *rates, lam)
 
