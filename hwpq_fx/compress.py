@@ -18,7 +18,7 @@ from .config import PLAIN, SPARSE_2D, HWPQConfig
 from .curvature import combined
 from .errors import CalibrationError, ConfigError, ModelError
 from .float8 import dense_float8, mm_compatible
-from .layers import Layer
+from .layers import STACKED, Layer, stacked_of
 from .reconstruction import Gram, MatrixFree, reconstruct, reconstruction_loss, refine
 from .report import LayerReport
 from .selection import Selection, select_ratio
@@ -216,6 +216,22 @@ def fast(compressed: Compressed, config: HWPQConfig, sibling: bool = False) -> t
 def cannot_be_fp8(layer: Layer, uses: list[Use], config: HWPQConfig) -> str:
     """Why a layer with these uses cannot become dense FP8, or ""."""
     return cannot_compress(layer, uses, replace(config, sparsity=0.5))
+
+
+def dense_line(layer: Layer, statistics: Statistics, reason: str) -> LayerReport:
+    """Its line in the report, for a layer that stays dense."""
+    uses = list(statistics) or [use for use in [layer.static_use] if use]
+    rows = sum(one.rows for many in statistics.values() for one in many)
+    shape = shape_of(layer.parameter, uses)
+    return LayerReport(layer.name, shape, "dense", reason, rows=rows, dense_bytes=layer.parameter.nbytes)
+
+
+def stacked_lines(model: nn.Module) -> list[LayerReport]:
+    """The same for every 3-D parameter."""
+    return [
+        LayerReport(name, tuple(parameter.shape), "dense", STACKED, dense_bytes=parameter.nbytes)
+        for name, parameter in stacked_of(model)
+    ]
 
 
 def spans_of(name: str, weight: torch.Tensor, statistics: Statistics) -> list[Span]:

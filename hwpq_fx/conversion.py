@@ -23,13 +23,15 @@ from .compress import (
     check_weight,
     compress,
     compress_fp8,
+    dense_line,
     fast,
     shape_of,
+    stacked_lines,
 )
-from .config import DEFAULT_IGNORE, HWPQConfig
+from .config import HWPQConfig
 from .distributed import reduce_statistics
 from .errors import CalibrationError, ConfigError, ModelError
-from .layers import Layer, check_convertible, layers_of, put, stacked_of
+from .layers import Layer, check_convertible, check_patterns, is_target, layers_of, left_out, put
 from .plan import (
     DEFAULT_GPU,
     DENSE,
@@ -43,7 +45,6 @@ from .plan import (
     times_of,
 )
 from .report import LayerReport, Report, attach_report
-from .targets import check_all_match, matches
 
 M = TypeVar("M")  # nn.Module, or the wrapper that torch.compile returns: for type checkers just a callable
 PREPARED = "_hwpq_prepared"
@@ -157,17 +158,16 @@ def _checked(module: nn.Module, config: HWPQConfig | None) -> HWPQConfig:
         raise TypeError(f"config is {type(config).__name__}, not HWPQConfig")
     config = replace(config)  # validates again: fields may have been assigned since
     check_convertible(module)
-    names = [name for layer in layers_of(module) for name in layer.names]
-    if not names:
+    layers = layers_of(module)
+    if not layers:
         raise ModelError("the model has no 2-D floating point parameter: there is nothing to convert")
     if config.step is not None:
         raise ConfigError(f"step {config.step!r} is for torchao.quantize_; here prepare() and convert() say it")
     if config.sparsity != "2:4" and (config.max_loss, config.min_speedup) != (None, None):
         raise ConfigError(f'max_loss and min_speedup are for sparsity "2:4", not {config.sparsity!r}')
-    for device in {layer.parameter.device for layer in layers_of(module)}:
+    for device in {layer.parameter.device for layer in layers}:
         check_packing_format(config, device)
-    check_all_match("targets", config.targets or (), names)
-    check_all_match("ignore", [p for p in config.ignore if p not in DEFAULT_IGNORE], names)
+    check_patterns(layers, config)
     return config
 
 
@@ -222,10 +222,8 @@ def _candidates(module: nn.Module, prepared: _Prepared) -> tuple[list[tuple[Laye
     for layer, statistics, reason in found:
         if statistics and not reason:
             check_weight(layer)
-    lines = [_dense_line(layer, statistics, reason) for layer, statistics, reason in found if reason]
-    for name, parameter in stacked_of(module):
-        reason = "3-D, a matrix per expert: only 2-D weights are converted"
-        lines.append(LayerReport(name, tuple(parameter.shape), "dense", reason, dense_bytes=parameter.nbytes))
+    lines = [dense_line(layer, statistics, reason) for layer, statistics, reason in found if reason]
+    lines += stacked_lines(module)
     candidates = [(layer, statistics) for layer, statistics, reason in found if statistics and not reason]
     if not candidates:
         why = "; ".join(f"{line.name}: {line.reason}" for line in lines[:5])
@@ -267,7 +265,7 @@ def _compress_all(
         for layer, statistics in steps:
             status, reason = wanted.get(layer.name, (SPARSE, ""))
             if status == DENSE:
-                lines.append(_dense_line(layer, statistics, reason))
+                lines.append(dense_line(layer, statistics, reason))
                 continue
             how = compress if status == SPARSE else compress_fp8
             made = sparse.get(layer.name) if status == SPARSE else None
@@ -314,23 +312,5 @@ def _plan(layer: Layer, prepared: _Prepared) -> tuple[Statistics, str]:
         reached = any(one.rows for many in statistics.values() for one in many)
         reason = recorder.blocked.get(key, "") or ("" if reached else "not reached")
     if not statistics and not static:
-        named = config.targets is not None and _any_match(layer, config.targets)
-        return {}, "no product with it was seen" if named else ""
-    if config.targets is not None and not _any_match(layer, config.targets):
-        reason = "not in targets"
-    if _any_match(layer, config.ignore):
-        reason = "ignored"
-    if layer.tied:  # said even of what is ignored as well: taking it off that list would not help
-        reason = f"shared with {', '.join(layer.tied)}"
-    return statistics, reason or cannot_compress(layer, list(statistics), config)
-
-
-def _any_match(layer: Layer, patterns: Iterable[str]) -> bool:
-    return any(matches(name, pattern) for name in layer.names for pattern in patterns)
-
-
-def _dense_line(layer: Layer, statistics: Statistics, reason: str) -> LayerReport:
-    uses = list(statistics) or [use for use in [layer.static_use] if use]
-    rows = sum(one.rows for many in statistics.values() for one in many)
-    shape = shape_of(layer.parameter, uses)
-    return LayerReport(layer.name, shape, "dense", reason, rows=rows, dense_bytes=layer.parameter.nbytes)
+        return {}, "no product with it was seen" if is_target(layer, config) else ""
+    return statistics, left_out(layer, config) or reason or cannot_compress(layer, list(statistics), config)

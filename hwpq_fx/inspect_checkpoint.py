@@ -32,10 +32,7 @@ from .checkpoint import (
 )
 from .config import HWPQConfig
 from .errors import CheckpointError, ConfigError
-from .report import LayerReport
-
-REPORT_FILE = "hwpq_report.json"
-REPORT_METADATA = "hwpq_fx.report"
+from .report import REPORT_FILE, REPORT_METADATA, LayerReport
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """The layers of a model: every parameter that a product may use, under the name a user gives it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,12 @@ from torchao.utils import TorchAOBaseTensor
 
 from hwpq_fx.passes import Use
 
+from .config import DEFAULT_IGNORE, HWPQConfig
 from .errors import ModelError
+from .targets import check_all_match, matches
+
+STACKED = "3-D, a matrix per expert: only 2-D weights are converted"
+"""Why what `stacked_of` finds stays dense."""
 
 
 @dataclass
@@ -41,6 +47,31 @@ class Layer:
         if type(self.owner).__name__ == "Conv1D" and type(self.owner).__module__ == "transformers.pytorch_utils":
             return Use(True, 0, cols)
         return None
+
+
+def check_patterns(layers: Iterable[Layer], config: HWPQConfig) -> None:
+    """Raise ConfigError for a pattern of the user's that matches no layer."""
+    names = [name for layer in layers for name in layer.names]
+    check_all_match("targets", config.targets or (), names)
+    check_all_match("ignore", [pattern for pattern in config.ignore if pattern not in DEFAULT_IGNORE], names)
+
+
+def is_target(layer: Layer, config: HWPQConfig) -> bool:
+    """Whether the user names it as one to convert."""
+    return config.targets is not None and _any_match(layer, config.targets)
+
+
+def left_out(layer: Layer, config: HWPQConfig) -> str:
+    """Why a layer stays dense whatever it is and whatever calibration sees, or ""."""
+    if layer.tied:  # said even of what is ignored as well: taking it off that list would not help
+        return f"shared with {', '.join(layer.tied)}"
+    if _any_match(layer, config.ignore):
+        return "ignored"
+    return "" if config.targets is None or is_target(layer, config) else "not in targets"
+
+
+def _any_match(layer: Layer, patterns: Iterable[str]) -> bool:
+    return any(matches(name, pattern) for name in layer.names for pattern in patterns)
 
 
 def layers_of(model: nn.Module) -> list[Layer]:

@@ -22,11 +22,10 @@ from .export import export as export_model
 from .folder import whole_folder
 from .offload import compress_checkpoint
 from .plan import DEFAULT_GPU, Plan
+from .report import REPORT_FILE as REPORT
 from .report import report
 from .sizes import dry_run
 from .texts import sequences, texts_of
-
-REPORT = "hwpq_report.json"
 
 
 @contextmanager

@@ -20,18 +20,17 @@ from torch import nn
 
 from .calibration import tracked
 from .checkpoint import Stored, split, table_from_json, table_to_json
-from .compress import Statistics, cannot_compress, check_weight, compress, shape_of
-from .config import DEFAULT_IGNORE, PLAIN, HWPQConfig
+from .compress import Statistics, cannot_compress, check_weight, compress, dense_line, stacked_lines
+from .config import PLAIN, HWPQConfig
 from .errors import CalibrationError, ConfigError, ModelError
-from .layers import Layer, layers_of, stacked_of
-from .report import LayerReport, Report
+from .layers import Layer, check_patterns, layers_of, left_out
+from .report import REPORT_METADATA, LayerReport, Report
 from .resume import Run, fingerprint
 from .shards import INDEX, Shards, metadata_of, write, written
 from .skeleton import Call, Front, Skeleton, run_block
 from .statistics import CalibrationRecorder
-from .targets import check_all_match, matches
 
-BLOCK, REPORT = "hwpq_fx.block", "hwpq_fx.report"
+BLOCK = "hwpq_fx.block"
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"}
 
 
@@ -74,7 +73,7 @@ def compress_checkpoint(
         if run.finished is None:
             run.finish(conversion.run(run, progress).to_dict())
     assert run.finished is not None
-    return _report_of(run.finished)
+    return Report.from_dict(run.finished)
 
 
 def _checked(config: HWPQConfig | None) -> HWPQConfig:
@@ -103,9 +102,7 @@ class _Conversion:
     def __init__(self, skeleton: Skeleton, config: HWPQConfig, batches: list[dict[str, Any]] | None):
         self.skeleton, self.shards, self.config, self.batches = skeleton, skeleton.shards, config, batches
         self.layers = layers_of(skeleton.model)
-        names = [name for layer in self.layers for name in layer.names]
-        check_all_match("targets", config.targets or (), names)
-        check_all_match("ignore", [p for p in config.ignore if p not in DEFAULT_IGNORE], names)
+        check_patterns(self.layers, config)
         inside = [self._stored(index) for index in range(len(skeleton.blocks))]
         self.rest = self._grouped(set(skeleton.stored.values()).difference(*inside), self.shards.nbytes(inside[0]))
         self.table: dict[str, Stored] = {}
@@ -147,7 +144,7 @@ class _Conversion:
             self._recall(file)
         self._outside()
         for names, file in zip(self.rest, places[len(blocks) :], strict=True):
-            told = {REPORT: json.dumps(self.report.to_dict())} if names is self.rest[-1] else {}
+            told = {REPORT_METADATA: json.dumps(self.report.to_dict())} if names is self.rest[-1] else {}
             write({name: self._read(name, torch.device("cpu")) for name in names}, file, told)
         self._describe(run.folder, places)
         return self.report
@@ -212,7 +209,7 @@ class _Conversion:
                 reason = "" if reached else "not reached"
             if reason:
                 tensors[name] = weight.cpu()
-                lines.append(_dense_line(layer, reason))
+                lines.append(dense_line(layer, {}, reason))
                 continue
             check_weight(replace(layer, parameter=cast(nn.Parameter, weight)))
             made, line = compress(layer.name, weight, statistics, self.config)
@@ -232,19 +229,15 @@ class _Conversion:
 
     def _reason(self, layer: Layer) -> str:
         """Why a layer stays dense whatever calibration sees, or ""."""
-        config, use = self.config, layer.static_use
-        reason = cannot_compress(layer, [use], config) if use else "not a linear layer"
-        if config.targets is not None and not any(matches(n, p) for n in layer.names for p in config.targets):
-            reason = "not in targets"
-        if any(matches(n, p) for n in layer.names for p in config.ignore):
-            reason = "ignored"
-        return f"shared with {', '.join(layer.tied)}" if layer.tied else reason
+        use = layer.static_use
+        unfit = cannot_compress(layer, [use], self.config) if use else "not a linear layer"
+        return left_out(layer, self.config) or unfit
 
     def _recall(self, file: Path) -> None:
         """Take over what the shard of a block says of it."""
         told = json.loads(metadata_of(file)[BLOCK])
         self.table |= table_from_json(told["layers"])
-        report = _report_of(told["report"])
+        report = Report.from_dict(told["report"])
         self.report.layers += report.layers
         for phase, seconds in report.seconds.items():
             self.report.seconds[phase] = self.report.seconds.get(phase, 0.0) + seconds
@@ -254,11 +247,8 @@ class _Conversion:
         known = {line.name for line in self.report.layers}
         for layer in self.layers:
             if layer.static_use is not None and layer.name not in known:
-                self.report.layers.append(_dense_line(layer, self._reason(layer) or "outside of the decoder blocks"))
-        for name, parameter in stacked_of(self.skeleton.model):
-            reason = "3-D, a matrix per expert: only 2-D weights are converted"
-            line = LayerReport(name, tuple(parameter.shape), "dense", reason, dense_bytes=parameter.nbytes)
-            self.report.layers.append(line)
+                self.report.layers.append(dense_line(layer, {}, self._reason(layer) or "outside of the decoder blocks"))
+        self.report.layers += stacked_lines(self.skeleton.model)
         if not self.report.converted:
             why = "; ".join(f"{line.name}: {line.reason}" for line in self.report.layers[:5])
             raise ModelError(f"nothing is left to convert ({why})")
@@ -316,14 +306,3 @@ def _observed(layers: list[Layer], recorder: CalibrationRecorder) -> Iterator[No
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _dense_line(layer: Layer, reason: str) -> LayerReport:
-    uses = [use for use in [layer.static_use] if use]
-    shape = shape_of(layer.parameter, uses)
-    return LayerReport(layer.name, shape, "dense", reason, dense_bytes=layer.parameter.nbytes)
-
-
-def _report_of(data: Mapping[str, Any]) -> Report:
-    lines = [LayerReport(**line | {"shape": tuple(line["shape"])}) for line in data["layers"]]
-    return Report(lines, dict(data["seconds"]))

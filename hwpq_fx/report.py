@@ -1,7 +1,9 @@
 """What a conversion did, layer by layer."""
 
+from __future__ import annotations
+
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from io import StringIO
 from typing import Any
@@ -15,6 +17,10 @@ from torch import nn
 from hwpq_fx.passes.dynamo import unwrap
 
 ATTRIBUTE = "_hwpq_report"
+REPORT_FILE = "hwpq_report.json"
+"""What `hwpq-fx compress` writes beside a checkpoint."""
+REPORT_METADATA = "hwpq_fx.report"
+"""Where a checkpoint's safetensors keep it."""
 
 
 @dataclass
@@ -66,6 +72,12 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Report:
+        """Of what `to_dict` gave, through JSON or not. Raises KeyError or TypeError for anything else."""
+        lines = [LayerReport(**line | {"shape": tuple(line["shape"])}) for line in content["layers"]]
+        return cls(lines, dict(content["seconds"]))
 
     def table(self) -> Table:
         table = Table(

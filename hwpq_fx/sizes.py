@@ -13,11 +13,10 @@ from rich.text import Text
 from hwpq_fx.kernels.roofline import packed_bytes
 
 from .compress import cannot_compress, shape_of
-from .config import DEFAULT_IGNORE, HWPQConfig
+from .config import HWPQConfig
 from .curvature import CurvatureBudget, GramMatrix
 from .errors import ModelError
-from .layers import layers_of, stacked_of
-from .targets import check_all_match, matches
+from .layers import STACKED, check_patterns, layers_of, left_out, stacked_of
 
 
 @dataclass
@@ -97,23 +96,16 @@ def dry_run(source: str, config: HWPQConfig) -> DryRun:
             model = AutoModelForCausalLM.from_config(described, dtype=described.dtype or torch.float32)
         except ValueError as error:
             raise ModelError(f"{source} is no causal language model: {error}") from error
-    names = [name for layer in layers_of(model) for name in layer.names]
-    check_all_match("targets", config.targets or (), names)
-    check_all_match("ignore", [pattern for pattern in config.ignore if pattern not in DEFAULT_IGNORE], names)
+    layers = layers_of(model)
+    check_patterns(layers, config)
     budget = CurvatureBudget(config.curvature_bytes if config.compensation == "cg" else 0)
     found, statistics = [], 0
-    for layer in layers_of(model):
+    for layer in layers:
         use = layer.static_use
         if use is None:
             continue
         rows, cols = shape_of(layer.parameter, [use])
-        reason = cannot_compress(layer, [use], config)
-        if config.targets is not None and not any(matches(n, p) for n in layer.names for p in config.targets):
-            reason = "not in targets"
-        if any(matches(n, p) for n in layer.names for p in config.ignore):
-            reason = "ignored"
-        if layer.tied:
-            reason = f"shared with {', '.join(layer.tied)}"
+        reason = left_out(layer, config) or cannot_compress(layer, [use], config)
         dense = layer.parameter.nbytes
         if reason:
             found.append(LayerSize(layer.name, (rows, cols), "dense", reason, dense, dense))
@@ -128,7 +120,6 @@ def dry_run(source: str, config: HWPQConfig) -> DryRun:
             statistics += 4 * cols * curvature.capacity
         found.append(LayerSize(layer.name, (rows, cols), status, "", dense, size))
     for name, parameter in stacked_of(model):
-        reason = "3-D, a matrix per expert: only 2-D weights are converted"
-        found.append(LayerSize(name, tuple(parameter.shape), "dense", reason, parameter.nbytes, parameter.nbytes))
+        found.append(LayerSize(name, tuple(parameter.shape), "dense", STACKED, parameter.nbytes, parameter.nbytes))
     total = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
     return DryRun(found, total, statistics, (config.max_loss, config.min_speedup) != (None, None))

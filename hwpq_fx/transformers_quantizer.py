@@ -39,13 +39,13 @@ from .checkpoint import (
 from .config import HWPQConfig
 from .conversion import convert
 from .errors import CheckpointError, ConfigError
-from .report import ATTRIBUTE, LayerReport, Report, attach_report
+from .report import ATTRIBUTE, Report, attach_report
+from .report import REPORT_METADATA as REPORT
 
 if TYPE_CHECKING:  # this module is imported in the middle of theirs
     from transformers import PreTrainedModel
 
 METHOD = "hwpq_fx"
-REPORT = "hwpq_fx.report"
 LOADED = "_is_hf_initialized"  # transformers sets it on every parameter that a checkpoint had
 
 
@@ -206,10 +206,7 @@ def _put_together(saved: str, stored: Stored, owner: nn.Module, attribute: str, 
 def _report_of(model: PreTrainedModel, text: str) -> Report:
     """The report of the conversion, with what is different on this machine. Raises CheckpointError."""
     try:
-        data = json.loads(text)
-        made = Report(
-            [LayerReport(**line | {"shape": tuple(line["shape"])}) for line in data["layers"]], data["seconds"]
-        )
+        made = Report.from_dict(json.loads(text))
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"the report in the checkpoint cannot be read: {error}") from error
     weights = {name.removesuffix(".weight"): weight for name, weight in model.named_parameters()}
