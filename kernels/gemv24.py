@@ -4,17 +4,15 @@ x stays in 16 bits, each row costs no further reading of the weight up to 8 rows
 they work: `gemv24_triton`.
 """
 
-import os
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch.library import triton_op, wrap_triton
 
+from .launching import DTYPES, arch_of, check_parts, interpreted
 from .pack24 import FORMAT_K
 from .quantize_rows import E4M3
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # what a warp of `sparse_mma_kernel` multiplies in a turn: rows of x, rows of the weight, length of both
 TILE_M, TILE_N, TURN = 8, 16, 128
 RESIDENT_WARPS = 40 * 132
@@ -94,26 +92,16 @@ def launch(
     kernel, constants, options = arguments(config, k, x.dtype, bias is not None)
     grid = (-(-n // config.block_n), m) if isinstance(config, Plain) else (-(-n // TILE_N), -(-m // TILE_M))
     # torch 2.11 does not wrap what Triton's interpreter made
-    kernel = kernel if _interpreted() else wrap_triton(kernel)
+    kernel = kernel if interpreted() else wrap_triton(kernel)
     kernel[grid](x, qdata.view(torch.uint8), sparse_metadata, scale, bias, y, m, n, **constants, **options)
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@cache
-def _arch(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 def _config(x: torch.Tensor, qdata: torch.Tensor, sparse_metadata: torch.Tensor) -> SparseMma | Plain:
     (m, k), n = x.shape, qdata.shape[0]
     # the interpreter knows no assembly
-    if _interpreted() or any(part.storage_offset() % 16 for part in (qdata, sparse_metadata)):
+    if interpreted() or any(part.storage_offset() % 16 for part in (qdata, sparse_metadata)):
         return Plain(16, 64, 4)
-    return config(_arch(x.device), m, n, k, x.dtype)
+    return config(arch_of(x.device), m, n, k, x.dtype)
 
 
 @triton_op("hwpq_fx::gemv24", mutates_args={})
@@ -151,18 +139,10 @@ def _check(x, qdata, sparse_metadata, scale, bias) -> None:
     if x.dtype not in DTYPES:
         raise RuntimeError(f"gemv24: x is {x.dtype}, not {' or '.join(map(str, DTYPES))}")
     k, n = x.shape[1], qdata.shape[0]
-    for name, part, shape, dtypes in (
+    parts = (
         ("qdata", qdata, (n, k // 2), (E4M3,)),
         ("sparse_metadata", sparse_metadata, (n, k // 8), (torch.uint8,)),
         ("scale", scale, (n, 1), (torch.float32,)),
         ("bias", bias, (n,), DTYPES),
-    ):
-        if part is None:
-            continue
-        if part.shape != shape or part.dtype not in dtypes:
-            wanted = f"{tuple(shape)} {' or '.join(map(str, dtypes))}"
-            raise RuntimeError(f"gemv24: {name} is {tuple(part.shape)} {part.dtype}, not {wanted}")
-        if not part.is_contiguous():
-            raise RuntimeError(f"gemv24: {name} is not contiguous")
-        if part.device != x.device:
-            raise RuntimeError(f"gemv24: {name} is on {part.device}, x on {x.device}")
+    )
+    check_parts("gemv24", x.device, parts)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from . import cusparselt24, cutlass24, gemv24, tiles24
+from .launching import arch_of
 from .linear24 import check, linear24, linear24_reference
 from .table import Table, table_of
 
@@ -97,8 +98,7 @@ def target_of(device: torch.device) -> Target | None:
 @cache
 def probe(device: torch.device) -> Target:
     """Ask the driver."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return Target(10 * major + minor, torch.cuda.get_device_name(device))
+    return Target(arch_of(device), torch.cuda.get_device_name(device))
 
 
 @lru_cache(maxsize=2**16)

@@ -5,17 +5,15 @@ x in bfloat16 or float16 meets weights expanded to its own dtype (e4m3 is exact 
 tensor cores (sm_89 and newer). float32 is multiplied as float32: right, and slow. Kernels: `tiles24_triton`.
 """
 
-import os
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch.library import triton_op, wrap_triton
 
+from .launching import DTYPES, arch_of, check_parts, interpreted
 from .pack24 import FORMAT_K
 from .quantize_rows import E4M3
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SMS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 170}
 """Multiprocessors of the GPU that a compute capability stands for: A100, A10, L40S, H100, B200, RTX 5090."""
 
@@ -166,25 +164,13 @@ def constants(arch: int, dtype: torch.dtype, config: Config) -> dict[str, Any]:
     }
 
 
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def _kernel_arch(device: torch.device) -> int:
-    return 0 if _interpreted() else _arch(device)
+    return 0 if interpreted() else arch_of(device)
 
 
 def _wrapped(kernel: Any) -> Any:
     # torch 2.11 does not wrap what Triton's interpreter made
-    return kernel if _interpreted() else wrap_triton(kernel)
-
-
-@cache
-def _arch(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    return kernel if interpreted() else wrap_triton(kernel)
 
 
 @triton_op("hwpq_fx::tiles24", mutates_args={})
@@ -207,7 +193,7 @@ def tiles24(
     (m, k), n = x.shape, qdata.shape[0]
     y = x.new_empty((m, n), dtype=out_dtype)
     if m and n:
-        cut = config(_arch(x.device), m, n, k, x.dtype)
+        cut = config(arch_of(x.device), m, n, k, x.dtype)
         parts = x.new_empty((cut.split, m, n), dtype=torch.float32) if cut.split > 1 else None
         launch(x.contiguous(), x_scale, qdata, sparse_metadata, scale, bias, y, parts, cut)
     return y
@@ -227,17 +213,11 @@ def _check(x, x_scale, qdata, sparse_metadata, scale, bias, out_dtype) -> None:
         raise RuntimeError("tiles24: an e4m3 x needs x_scale, and no other x takes one")
     if out_dtype not in DTYPES or not (fp8 or x.dtype is out_dtype):
         raise RuntimeError(f"tiles24: x is {x.dtype}, the output {out_dtype}: only an e4m3 x may differ")
-    for name, part, shape, dtypes in (
+    parts = (
         ("x_scale", x_scale, (m, 1), (torch.float32,)),
         ("qdata", qdata, (n, k // 2), (E4M3,)),
         ("sparse_metadata", sparse_metadata, (n, k // 8), (torch.uint8,)),
         ("scale", scale, (n, 1), (torch.float32,)),
         ("bias", bias, (n,), DTYPES),
-    ):
-        if part is None:
-            continue
-        if part.shape != shape or part.dtype not in dtypes:
-            wanted = f"{tuple(shape)} {' or '.join(map(str, dtypes))}"
-            raise RuntimeError(f"tiles24: {name} is {tuple(part.shape)} {part.dtype}, not {wanted}")
-        if not part.is_contiguous():
-            raise RuntimeError(f"tiles24: {name} is not contiguous")
+    )
+    check_parts("tiles24", x.device, parts)
