@@ -24,8 +24,7 @@ from platformdirs import user_cache_path
 from torch import Tensor
 
 from .ewma import DEV_RATE, MEAN_RATE, decays, tree_size
-from .linear24 import DENSE, check, cpu_product_dtype, linear24, linear24_reference
-from .pack24 import unpack24
+from .linear24 import DENSE, check, dense_form, linear24, linear24_reference, unpacked
 from .prune_pack24 import check_prune_pack24, prune_pack24, prune_pack24_reference
 from .saliency import DEFAULT_SALIENCY, Terms, terms_of
 from .select24 import DEFAULT_LAMBDA, DEFAULT_SELECTION, KERNEL_DTYPES, check_select24, select24, select24_reference
@@ -139,15 +138,10 @@ def _prune_pack24(weight, sum_sq=None, mask=None, saliency=DEFAULT_SALIENCY, sel
 
 
 def dense24(qdata: Tensor, sparse_metadata: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """W [N, K] in `dtype`: value (times scale, in float32), rounded once. In native code where it serves the dtype."""
-    unpack = torch.ops.hwpq_fx.cpu_unpack24 if dtype in KERNEL_DTYPES else _unpack24_reference
+    """`linear24.unpacked`, in native code where that serves the dtype."""
+    unpack = torch.ops.hwpq_fx.cpu_unpack24 if dtype in KERNEL_DTYPES else unpacked
     scale = None if scale is None else scale.contiguous()
     return unpack(qdata.contiguous(), sparse_metadata.contiguous(), scale, dtype)
-
-
-def _unpack24_reference(qdata, sparse_metadata, scale, dtype):
-    values = unpack24(qdata, sparse_metadata).float()
-    return (values if scale is None else values * scale).to(dtype)
 
 
 def why_not(arch: int, dtype: torch.dtype, n: int, k: int) -> str:
@@ -199,9 +193,8 @@ def linear24_cpu(x, x_scale, qdata, sparse_metadata, scale, bias, prepacked, x_h
         y = product(rows, row_scale, qdata, sparse_metadata, scale, bias, None, out_dtype)
         return y.view(*x.shape[:-1], outputs)
     if prepacked is None:
-        fp8 = x_scale is not None
-        dtype = cpu_product_dtype(out_dtype) if fp8 else out_dtype
-        prepacked, prepacked_for = dense24(qdata, sparse_metadata, None if fp8 else scale, dtype), DENSE
+        form = dense_form(scale, out_dtype, x_scale is not None)
+        prepacked, prepacked_for = dense24(qdata, sparse_metadata, *form), DENSE
     return linear24_reference(
         x, x_scale, qdata, sparse_metadata, scale, bias, prepacked, x_hp, out_dtype, prepacked_for
     )
@@ -245,7 +238,7 @@ def _expand24(x, x_scale, qdata, sparse_metadata, scale, bias, out_dtype):
 def _unpack24(qdata, sparse_metadata, scale, dtype):
     if not why_not_native():
         return torch.ops.hwpq_fx.cpu_unpack24(qdata, sparse_metadata, scale, dtype)
-    return _unpack24_reference(qdata, sparse_metadata, scale, dtype)
+    return unpacked(qdata, sparse_metadata, scale, dtype)
 
 
 torch.library.impl("hwpq_fx::expand24", "CompositeExplicitAutograd", _expand24)

@@ -43,10 +43,22 @@ def dense_layout(
     With FP8 activations: the e4m3 values themselves, unscaled and exact, in `cpu_product_dtype(dtype)`.
     Else the dequantized weight in `dtype`, the model's own.
     """
-    values = unpack24(qdata, sparse_metadata)
-    if fp8_activation:
-        return values.to(cpu_product_dtype(dtype))
-    return (values.float() * scale).to(dtype)
+    return unpacked(qdata, sparse_metadata, *dense_form(scale, dtype, fp8_activation))
+
+
+def dense_form(
+    scale: torch.Tensor, dtype: torch.dtype, fp8_activation: bool
+) -> tuple[torch.Tensor | None, torch.dtype]:
+    """What `dense_layout` multiplies the values by, None for nothing, and the dtype it is in."""
+    return (None, cpu_product_dtype(dtype)) if fp8_activation else (scale, dtype)
+
+
+def unpacked(
+    qdata: torch.Tensor, sparse_metadata: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """W [N, K] in `dtype`: value (times scale, in float32), rounded once."""
+    values = unpack24(qdata, sparse_metadata).float()
+    return (values if scale is None else values * scale).to(dtype)
 
 
 def linear24_reference(

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torchao.utils import TorchAOBaseTensor
 
 from .cpu24 import EXPAND_ROWS, dense24, expands
-from .linear24 import DENSE, cpu_product_dtype, linear24
+from .linear24 import DENSE, dense_form, linear24
 from .pack24 import FORMAT_K, unpack24
 from .paths import EITHER, HP, PATHS, best_layout, chosen, describe, target_of
 from .prune_pack24 import prune_pack24
@@ -111,9 +111,8 @@ class Float8Sparse24Tensor(TorchAOBaseTensor):
         the library that is fastest there (`paths.best_layout`); elsewhere, and where none is faster, without one."""
         target = target_of(self.qdata.device)
         if target is None and self.qdata.device.type == "cpu":
-            fp8 = self.activation == "dynamic"
-            scale, dtype = (None, cpu_product_dtype(self.dtype)) if fp8 else (self.scale, self.dtype)
-            dense = dense24(self.qdata, self.sparse_metadata, scale, dtype)
+            form = dense_form(self.scale, self.dtype, self.activation == "dynamic")
+            dense = dense24(self.qdata, self.sparse_metadata, *form)
             return self._with(prepacked=dense, prepacked_for=DENSE)
         name = best_layout(target, *self._packed_shape(), self.dtype) if target and self.activation == "dynamic" else ""
         make = PATHS[name].make_layout if name else None
