@@ -15,13 +15,13 @@ from importlib import import_module
 
 import torch
 
-from hwpq_fx.contenders import fp8_of
+from hwpq_fx.bench.contenders import fp8_of
+from hwpq_fx.bench.measure import FP8_BOUND, errors_of, one_line
 from hwpq_fx.kernels import Float8Sparse24Tensor, quantize_rows
 from hwpq_fx.kernels.paths import PATHS, Path, target_of
 from hwpq_fx.kernels.prune_pack24 import prune_pack24, prune_pack24_reference
 from hwpq_fx.kernels.select24 import select24, select24_reference
 from hwpq_fx.kernels.survey import kernel_modules
-from hwpq_fx.measure import FP8_BOUND, errors_of, one_line
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = ((136, 272), (64, 512), (256, 128))  # N, K

@@ -7,11 +7,11 @@ import sys
 import click
 from rich.console import Console
 
-from .bench import bench
+from .bench.command import bench
+from .bench.tune import tune
 from .inspect_command import inspect
 from .kernel_table import kernels
 from .model_commands import COMMANDS
-from .tune import tune
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -31,7 +31,7 @@ for command in (bench, inspect, kernels, tune, *COMMANDS):
 @click.option(
     "--compensation",
     type=click.Choice(["none", "energy", "cg"]),
-    default="energy",
+    default="cg",
     show_default=True,
     help="What is done for what pruning took.",
 )

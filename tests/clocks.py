@@ -1,4 +1,4 @@
-"""A clock for tests: runs calls on the CPU and says they took what the test says."""
+"""A clock for tests: runs calls on the CPU and says they took what the test says; and a call to time."""
 
 import torch
 
@@ -34,6 +34,15 @@ class FakeClock:
     def check_alive(self):
         if self.lost:
             raise self.lost
+
+
+def fill(out, value, elements=None):
+    out.view(-1)[:elements] = value
+    return out
+
+
+def is_one(outputs):
+    return "" if bool((outputs[0] == 1).all()) else "not one"
 
 
 MACHINE = {

@@ -1,4 +1,4 @@
-"""Shared fixtures: small models of real architectures, random weights, no download."""
+"""What holds for every test: nothing is downloaded, the same seed, nothing compiled is left over."""
 
 import os
 
@@ -10,6 +10,8 @@ import torch
 
 # Triton reads it when a kernel is defined: on a machine without a GPU kernels run in its interpreter
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
+pytest.register_assert_rewrite("graphs", "weights")
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,22 @@
-"""Small models of the architectures we promise, with random weights, and what to feed them."""
+"""Small models of the architectures we promise, with random weights, and what to feed them; smaller modules still for
+one pass at a time; and how either is packed, unpacked and saved."""
 
+import copy
+import io
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from hwpq_fx.kernels import Float8Sparse24Tensor
+
 VOCABULARY = 256
+SMALL = {
+    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}  # fmt: skip
+GROUPED = SMALL | {"num_key_value_heads": 2}
 
 
 def _causal(config):
@@ -17,48 +28,25 @@ def _causal(config):
 def llama():
     from transformers import LlamaConfig
 
-    return _causal(
-        LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2,
-        )
-    )  # fmt: skip
+    return _causal(LlamaConfig(**GROUPED))
 
 
 def qwen3():
     from transformers import Qwen3Config
 
-    return _causal(
-        Qwen3Config(
-            vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True,
-        )
-    )  # fmt: skip
+    return _causal(Qwen3Config(**GROUPED, head_dim=16, tie_word_embeddings=True))
 
 
 def mistral():
     from transformers import MistralConfig
 
-    return _causal(
-        MistralConfig(
-            vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2,
-        )
-    )  # fmt: skip
+    return _causal(MistralConfig(**GROUPED))
 
 
 def gpt_neox():
     from transformers import GPTNeoXConfig
 
-    return _causal(
-        GPTNeoXConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-        )
-    )
+    return _causal(GPTNeoXConfig(**SMALL))
 
 
 def opt():
@@ -81,15 +69,7 @@ def gpt2():
 def bert():
     from transformers import BertConfig, BertModel
 
-    return BertModel(
-        BertConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-        )
-    ).eval()
+    return BertModel(BertConfig(**SMALL)).eval()
 
 
 def encoder():
@@ -110,6 +90,28 @@ class CrossAttention(nn.Module):
 
 def mlp():
     return nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64)).eval()
+
+
+class Net(nn.Module):
+    """Two linears, 16 to 32 to 16."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x)))
+
+
+class Attention(nn.Module):
+    """Four linears of `width`; q, k and v share their input."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x):
+        return self.o(F.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x)))
 
 
 def tokens(batch: int = 2, length: int = 12) -> dict[str, torch.Tensor]:
@@ -147,3 +149,29 @@ def output_of(result) -> torch.Tensor:
 def call(model, batch) -> torch.Tensor:
     with torch.no_grad():
         return output_of(model(**batch) if isinstance(batch, dict) else model(batch))
+
+
+def pack(model, activation="dynamic"):
+    """Pack every nn.Linear of a model, in place."""
+    for module in model.eval().modules():
+        if isinstance(module, nn.Linear):
+            weight = Float8Sparse24Tensor.from_hp(module.weight.detach(), activation=activation).expand()
+            module.weight = nn.Parameter(weight, requires_grad=False)
+    return model
+
+
+def dequantized(model, dtype=None):
+    """A copy with plain dense weights that hold what the packed ones stand for, in `dtype` or in theirs."""
+    dense = copy.deepcopy(model)
+    for module in dense.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if isinstance(parameter, Float8Sparse24Tensor):
+                module.register_parameter(name, nn.Parameter(parameter.dequantize(dtype), requires_grad=False))
+    return dense
+
+
+def saved(model):
+    """The model's state as a file."""
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    return file

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import io
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 
 from hwpq_fx.kernels import Float8Sparse24Tensor
 from hwpq_fx.kernels.adjoin import HELD, joined, why_apart
+from models import saved
 
 K = 64
 ROWS = (32, 16, 48)
@@ -127,12 +127,6 @@ def test_copies_have_their_own_memory_and_are_joined_for_themselves():
         assert_rows(again, twins)
         assert again.dtype is twins[0].dtype and again.qdata.data_ptr() != whole.qdata.data_ptr()
     assert_rows(joined(weights), weights)
-
-
-def saved(model):
-    file = io.BytesIO()
-    torch.save(model.state_dict(), file)
-    return file
 
 
 def test_checkpoints_are_the_same_and_no_larger():

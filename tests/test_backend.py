@@ -14,25 +14,9 @@ from hwpq_fx.explain import op_counts
 from hwpq_fx.kernels import Float8Sparse24Tensor
 from hwpq_fx.passes import HwpqBackend, backend, lower
 from hwpq_fx.passes.dynamo import compile_settings
+from models import Net, pack
 
 K = 16
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(K, 32), nn.Linear(32, K)
-
-    def forward(self, x):
-        return self.down(torch.relu(self.up(x)))
-
-
-def pack(model, activation="dynamic"):
-    for module in model.eval().modules():
-        if isinstance(module, nn.Linear):
-            weight = Float8Sparse24Tensor.from_hp(module.weight.detach(), activation=activation).expand()
-            module.weight = nn.Parameter(weight, requires_grad=False)
-    return model
 
 
 @pytest.fixture

@@ -6,17 +6,19 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-import hwpq_fx.bench as bench_module
+import hwpq_fx
 from clocks import MACHINE, TINY, FakeClock
-from hwpq_fx import bench_linears, bench_models, bench_report, bench_run, contenders
-from hwpq_fx.bench import bench, wrong_of_ours
-from hwpq_fx.bench_report import END, NOT_MEASURED, START, Target, sums, targets, worst_ratio, write_readme
+from hwpq_fx.bench import command, contenders, linears, machine, models, report
+from hwpq_fx.bench import prune as bench_prune
+from hwpq_fx.bench import run as bench_run
+from hwpq_fx.bench.command import bench, wrong_of_ours
+from hwpq_fx.bench.machine import commit, slug, sources
+from hwpq_fx.bench.measure import GpuLost
+from hwpq_fx.bench.report import END, NOT_MEASURED, START, Target, sums, targets, worst_ratio, write_readme
+from hwpq_fx.bench.shapes import MERGED, SEPARATE, decoder
 from hwpq_fx.errors import ConfigError
 from hwpq_fx.kernels.paths import REFERENCE
 from hwpq_fx.kernels.paths import Target as Gpu
-from hwpq_fx.linears import MERGED, SEPARATE, decoder
-from hwpq_fx.machine import commit, slug, sources
-from hwpq_fx.measure import GpuLost
 
 LAYER = {MERGED: [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]}
 
@@ -61,7 +63,7 @@ def test_a_file_that_is_no_config_is_refused(tmp_path, content):
 
 
 def test_what_runs_here_is_right_and_timed(on_cpu):
-    shape = bench_linears.Shape(FakeClock(), (64, 128), contenders.contenders())
+    shape = linears.Shape(FakeClock(), (64, 128), contenders.contenders())
     lines = {one["contender"]: one for one in shape.lines(3, 0.1, shape.contenders)}
     assert set(lines) == {one.name for one in contenders.contenders()}, "nobody is dropped"
     for name in ("bf16", "fp8 weight-only", "hwpq", "gemv", "tiles", "quantize alone"):
@@ -74,7 +76,7 @@ def test_what_runs_here_is_right_and_timed(on_cpu):
 
 def test_sets_are_copies_and_rotate(on_cpu):
     clock = FakeClock(l2_bytes=20_000)
-    shape = bench_linears.Shape(clock, (64, 128), contenders.contenders())
+    shape = linears.Shape(clock, (64, 128), contenders.contenders())
     (made,) = shape.lines(1, 0.1, [shape.contenders[0]])
     work = clock.regions[0].work
     weights = [call.args[1].data_ptr() for call in work]
@@ -97,13 +99,13 @@ def test_a_wrong_result_has_no_speed(on_cpu, monkeypatch, name):
         return outputs
 
     x = torch.randn(4, 128, dtype=torch.bfloat16)
-    made = bench_linears.measure_built(FakeClock(), built._replace(call=wrong), x, 64, 1, 0.1)
+    made = linears.measure_built(FakeClock(), built._replace(call=wrong), x, 64, 1, 0.1)
     assert made["status"] == "wrong" and "error" in made and "median_us" not in made
 
 
 def test_rows_beyond_a_contender_are_skipped_with_a_word(on_cpu):
     few = contenders.Contender("few", "peer", "", lambda weight: None, most_rows=2)
-    (made,) = bench_linears.Shape(FakeClock(), (64, 128), [few]).lines(3, 0.1, [few])
+    (made,) = linears.Shape(FakeClock(), (64, 128), [few]).lines(3, 0.1, [few])
     assert made == {"n": 64, "k": 128, "m": 3, "contender": "few", "status": "skipped",
                     "error": "made for at most 2 rows"}  # fmt: skip
 
@@ -111,13 +113,13 @@ def test_rows_beyond_a_contender_are_skipped_with_a_word(on_cpu):
 def test_a_path_that_does_not_serve_says_why(on_cpu, monkeypatch):
     path = contenders.PATHS["gemv"]._replace(why_not=lambda *arguments: "not here")
     one = contenders.Contender("gemv", "path", "", lambda weight: contenders._path(path, weight))
-    (made,) = bench_linears.Shape(FakeClock(), (64, 128), [one]).lines(1, 0.1, [one])
+    (made,) = linears.Shape(FakeClock(), (64, 128), [one]).lines(1, 0.1, [one])
     assert (made["status"], made["error"]) == ("unserved", "not here")
 
 
 def test_the_first_is_timed_again(on_cpu):
     only = contenders.contenders()[:1]
-    (made,) = bench_linears.linears(FakeClock(), [(64, 128)], [1], only, 0.1)
+    (made,) = linears.linears(FakeClock(), [(64, 128)], [1], only, 0.1)
     assert [one["contender"] for one in made] == ["bf16", "bf16 again"]
 
 
@@ -182,15 +184,15 @@ def test_verdicts(measured, least, verdict):
 
 
 def test_floor_is_the_roofline_model_of_what_ran():
-    gpu = bench_report.gpu_named(MACHINE["device"])
-    assert gpu is not None and bench_report.gpu_named("GeForce") is None
+    gpu = report.gpu_named(MACHINE["device"])
+    assert gpu is not None and report.gpu_named("GeForce") is None
 
     def at(name, **more):
-        return bench_report.floor_us(line(4096, 4096, 1, name, 1.0, **more), gpu)
+        return report.floor_us(line(4096, 4096, 1, name, 1.0, **more), gpu)
 
     assert at("bf16") == at("bf16 again") > at("gemv") == at("hwpq", path="gemv")
     assert at("cutlass") > at("cutlass alone") and at("quantize alone") < at("bf16")
-    assert at("hwpq", path="reference") is None and bench_report.floor_us(line(8, 8, 1, "bf16", 1.0), None) is None
+    assert at("hwpq", path="reference") is None and report.floor_us(line(8, 8, 1, "bf16", 1.0), None) is None
 
 
 def test_readme_is_written_between_its_markers_only(tmp_path):
@@ -219,7 +221,7 @@ def test_lines_that_were_refused_are_named_in_the_readme(tmp_path):
         line(8, 8, 1, "bf16", 1.0),
         line(8, 8, 1, "torchao int4", 0, "failed"),
     ]
-    text = bench_report.markdown([result_of(lines)])
+    text = report.markdown([result_of(lines)])
     assert "No speed is given for 2 of 3 lines: hwpq (wrong), torchao int4 (failed)." in text
 
 
@@ -290,8 +292,6 @@ def test_pruning_is_right_and_beside_its_peers(on_cpu, tmp_path):
 
 
 def test_a_wrong_mask_has_no_speed(on_cpu, tmp_path, monkeypatch):
-    from hwpq_fx import bench_prune
-
     def lower(weight, sum_sq):  # keeps the two smallest
         return bench_prune.prune_pack24(1 / (weight.float().abs() + 1e-3), sum_sq)
 
@@ -310,43 +310,43 @@ def small_config():
 
 @pytest.fixture
 def small_models(monkeypatch):
-    monkeypatch.setattr(bench_models, "config_of", lambda model: small_config())
-    monkeypatch.setattr(bench_models, "VARIANTS", ("bf16", "hwpq"))
-    monkeypatch.setattr(bench_models, "TOKENS", ((1, 5),))
-    monkeypatch.setattr(bench_models, "WORKS", (bench_models.Work("decode", 1, 1, 3),))
+    monkeypatch.setattr(models, "config_of", lambda model: small_config())
+    monkeypatch.setattr(models, "VARIANTS", ("bf16", "hwpq"))
+    monkeypatch.setattr(models, "TOKENS", ((1, 5),))
+    monkeypatch.setattr(models, "WORKS", (models.Work("decode", 1, 1, 3),))
 
 
 def test_decoder_layers(small_models, monkeypatch):
     with torch.no_grad():
-        ((dense, ours),) = bench_models.layers(FakeClock(), "tiny", 0.1)
+        ((dense, ours),) = models.layers(FakeClock(), "tiny", 0.1)
         assert dense["status"] == ours["status"] == "ok" and ours["median_us"] > 0
-        monkeypatch.setattr(bench_models, "float64_weights",
+        monkeypatch.setattr(models, "float64_weights",
                             lambda module: {name: 2 * one.double() for name, one in real(module).items()})  # fmt: skip
-        ((dense, ours),) = bench_models.layers(FakeClock(), "tiny", 0.1)
+        ((dense, ours),) = models.layers(FakeClock(), "tiny", 0.1)
         assert dense["status"] == ours["status"] == "wrong" and "median_us" not in ours
 
 
-real = bench_models.float64_weights
+real = models.float64_weights
 
 
 def test_generate_runs_compiled_and_counts_its_tokens(small_models, monkeypatch):
-    with torch.no_grad(), torch._dynamo.config.patch(bench_run.COMPILING):
-        (dense,), (ours,) = bench_models.generation(torch.device("cpu"), "tiny")
+    with torch.no_grad(), torch._dynamo.config.patch(contenders.COMPILING):
+        (dense,), (ours,) = models.generation(torch.device("cpu"), "tiny")
         assert dense["status"] == ours["status"] == "ok", (dense, ours)
         assert ours["variant"] == "hwpq" and ours["ms_per_token"] == pytest.approx(ours["ms"] / 3)
         assert ours["forward_ms"] > 0
 
 
 def test_generate_with_other_logits_has_no_speed(small_models, monkeypatch):
-    monkeypatch.setattr(bench_models, "LOGITS_BOUND", -1.0)
+    monkeypatch.setattr(models, "LOGITS_BOUND", -1.0)
     with torch.no_grad():
-        made = [line for lines in bench_models.generation(torch.device("cpu"), "tiny") for line in lines]
+        made = [line for lines in models.generation(torch.device("cpu"), "tiny") for line in lines]
     assert {one["status"] for one in made} == {"wrong"} and "ms" not in made[0]
 
 
 def test_configs_are_those_of_the_models_measured():
     for name in ("llama-3-8b", "qwen2.5-7b", "llama-3.2-1b"):
-        config = bench_models.config_of(name)
+        config = models.config_of(name)
         queries = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // 28)
         shapes = {one.name: one.shape for one in decoder(name).separate}
         assert shapes["q_proj"] == (queries, config.hidden_size)
@@ -385,11 +385,11 @@ def test_a_readme_without_markers_is_left_alone(fake_gpu, tmp_path):
 @pytest.fixture
 def fake_gpu(monkeypatch, on_cpu, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench_module, "no_gpu", lambda: "")
-    monkeypatch.setattr(bench_module, "describe_machine", lambda: MACHINE)
-    monkeypatch.setattr(bench_module, "CudaClock", FakeClock)
-    monkeypatch.setattr(bench_module, "PLAN", (("linears", tiny(tmp_path)),))
-    monkeypatch.setattr(bench_module, "FULL", bench_run.FULL._replace(copy_bytes=64, matrix=8, rows=(1,)))
+    monkeypatch.setattr(command, "no_gpu", lambda: "")
+    monkeypatch.setattr(command, "describe_machine", lambda: MACHINE)
+    monkeypatch.setattr(command, "CudaClock", FakeClock)
+    monkeypatch.setattr(command, "PLAN", (("linears", tiny(tmp_path)),))
+    monkeypatch.setattr(command, "FULL", bench_run.FULL._replace(copy_bytes=64, matrix=8, rows=(1,)))
     monkeypatch.setattr(bench_run, "contenders", lambda: [contenders.contenders()[0]])
 
 
@@ -413,7 +413,7 @@ def test_the_command_exits_with_1_where_ours_is_wrong(fake_gpu, tmp_path, monkey
 
 
 def test_the_command_exits_with_1_where_the_gpu_is_lost(fake_gpu, monkeypatch):
-    monkeypatch.setattr(bench_module, "CudaClock", lambda: FakeClock(lost=GpuLost("gone")))
+    monkeypatch.setattr(command, "CudaClock", lambda: FakeClock(lost=GpuLost("gone")))
     monkeypatch.setattr(contenders, "_bf16", lambda weight: 1 / 0)
     monkeypatch.setattr(bench_run, "contenders", contenders.contenders)
     done = CliRunner().invoke(bench, [])
@@ -426,7 +426,16 @@ def test_an_empty_plan_is_refused(fake_gpu, arguments):
     assert done.exit_code == 2 and "plan" in done.output
 
 
-def test_which_code_it_was():
+def test_which_code_it_was(tmp_path, monkeypatch):
     assert len(sources()) == 16 and sources() == sources()
     assert commit() is None or len(commit().rstrip("+")) == 40
     assert slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "hwpq_fx" / "bench" / "machine.py"))
+    for package in (hwpq_fx.passes, hwpq_fx.kernels):
+        monkeypatch.setattr(package, "__path__", [str(tmp_path / package.__name__)])
+    made = [sources()]
+    for folder in ("hwpq_fx", "hwpq_fx/bench", "hwpq_fx.passes", "hwpq_fx.kernels"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "one.py").touch()
+        made.append(sources())
+    assert len(set(made)) == 5, "one of the folders does not count"

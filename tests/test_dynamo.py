@@ -15,18 +15,10 @@ import hwpq_fx
 from hwpq_fx.passes import HwpqBackend
 from hwpq_fx.passes.dynamo import Observation, compile_settings, mark_varying, unwrap
 from hwpq_fx.passes.values import op_name, value_of
+from models import Net
 
 K = 16
 NEW = {"recompile_limit", "isolate_recompiles"} - signature(torch.compile).parameters.keys()
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(K, 32), nn.Linear(32, K)
-
-    def forward(self, x):
-        return self.down(torch.relu(self.up(x)))
 
 
 def both_ways(build, **settings):

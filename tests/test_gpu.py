@@ -12,18 +12,18 @@ import torch
 import torch.nn.functional as F
 
 import hwpq_fx
-from hwpq_fx import bench_linears, bench_models, bench_run, contenders
-from hwpq_fx.contenders import fp8_of
+from clocks import fill, is_one
+from hwpq_fx.bench import contenders, linears, models
+from hwpq_fx.bench.contenders import fp8_of
+from hwpq_fx.bench.measure import BOUNDS, FP8_BOUND, CudaClock, errors_of, measured
+from hwpq_fx.bench.tune import run_tune
 from hwpq_fx.kernels import Float8Sparse24Tensor, paths, quantize_rows
 from hwpq_fx.kernels.paths import EITHER, PATHS, chosen, target_of
 from hwpq_fx.kernels.prune_pack24 import prune_pack24
 from hwpq_fx.kernels.select24 import select24
 from hwpq_fx.kernels.table import Table, load_table
-from hwpq_fx.measure import BOUNDS, FP8_BOUND, CudaClock, errors_of, measured
 from hwpq_fx.passes import HwpqBackend
-from hwpq_fx.tune import run_tune
-from models import MODELS, call
-from test_models import dequantized
+from models import MODELS, call, dequantized
 
 pytestmark = [
     pytest.mark.gpu,
@@ -266,20 +266,11 @@ def test_layout_is_dropped_on_the_gpu_and_back_on_the_cpu():
     assert weight.to(DEVICE).prepacked_for != "dense"
 
 
-def write(out, value, elements=None):
-    out.view(-1)[:elements] = value
-    return out
-
-
-def is_one(outputs):
-    return "" if bool((outputs[0] == 1).all()) else "not one"
-
-
 def test_the_clock_replays_and_sees_what_is_not_written():
     clock, out = CudaClock(), torch.empty(1024, device=DEVICE)
-    line = measured(clock, [partial(write, out, 1)], 8, is_one, 0.01)
+    line = measured(clock, [partial(fill, out, 1)], 8, is_one, 0.01)
     assert line["status"] == "ok" and line["not_replayed"] == "" and 0 < line["p20_us"] <= line["median_us"] < 1e4
-    line = measured(clock, [partial(write, out, 1, 1000)], 8, is_one, 0.01)
+    line = measured(clock, [partial(fill, out, 1, 1000)], 8, is_one, 0.01)
     assert line == {"status": "wrong", "error": "not one"}
 
 
@@ -303,8 +294,8 @@ def test_longer_work_takes_longer():
 
 
 def test_every_contender_is_right_or_says_why_not():
-    shape = bench_linears.Shape(CudaClock(), (512, 1024), contenders.contenders())
-    with torch.no_grad(), torch._dynamo.config.patch(bench_run.COMPILING):
+    shape = linears.Shape(CudaClock(), (512, 1024), contenders.contenders())
+    with torch.no_grad(), torch._dynamo.config.patch(contenders.COMPILING):
         for m in (1, 16, 300):
             lines = {one["contender"]: one for one in shape.lines(m, 0.01, shape.contenders)}
             assert not [one for one in lines.values() if one["status"] == "wrong"]
@@ -326,9 +317,9 @@ def test_generate_end_to_end():
         vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, dtype=torch.bfloat16,
     )  # fmt: skip
-    works = (bench_models.Work("decode", 1, 1, 8), bench_models.Work("prefill", 1, 33, 1))
-    with torch.no_grad(), torch._dynamo.config.patch(bench_run.COMPILING):
-        made = [line for lines in bench_models.generation_of(config, torch.device(DEVICE), works) for line in lines]
+    works = (models.Work("decode", 1, 1, 8), models.Work("prefill", 1, 33, 1))
+    with torch.no_grad(), torch._dynamo.config.patch(contenders.COMPILING):
+        made = [line for lines in models.generation_of(config, torch.device(DEVICE), works) for line in lines]
     assert [one["status"] for one in made if one["variant"] in ("bf16", "hwpq")] == ["ok"] * 4, made
 
 

@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from graphs import BOTH_WAYS, Checked, autocast, written
 from hwpq_fx.explain import op_counts
 from hwpq_fx.kernels import Float8Sparse24Tensor
 from hwpq_fx.passes import inline_attention, lower
 from hwpq_fx.passes.products import products
-from hwpq_fx.passes.values import value_of
 
 E = 16
 ATTENTION = "multi_head_attention_forward"
@@ -19,7 +19,7 @@ class Inlined:
     """A Dynamo backend that runs the inlined graph and keeps the counts before and after."""
 
     def __init__(self, *passes):
-        self.before, self.after, self.values, self.graphs = [], [], [], 0
+        self.before, self.after = [], []
         self.passes = (inline_attention, *passes)
 
     def __call__(self, gm, _):
@@ -31,29 +31,7 @@ class Inlined:
         self.before.append(op_counts(gm))
         self.after.append(op_counts(after))
         self.products = len(list(products(after.graph)))
-        known = {node: value_of(node) for node in after.graph.nodes if node.op.startswith("call")}
-        return _Checked(after, known)
-
-
-class _Checked(torch.fx.Interpreter):
-    """Runs a graph and compares every tensor with what its metadata promised."""
-
-    def __init__(self, gm, known):
-        super().__init__(gm)
-        self.known = known
-
-    def __call__(self, *args):
-        return self.run(*args)
-
-    def run_node(self, node):
-        result = super().run_node(node)
-        if node in self.known and isinstance(result, torch.Tensor):
-            promised = self.known[node]
-            assert isinstance(promised, torch.Tensor), f"{node} carries no value"
-            assert promised.dtype == result.dtype and promised.dim() == result.dim(), node
-            sizes = [(a, b) for a, b in zip(promised.shape, result.shape, strict=True) if isinstance(a, int)]
-            assert all(a == b for a, b in sizes), node
-        return result
+        return Checked(after)
 
 
 def compiled(model, *args, backend=None, **kwargs):
@@ -167,24 +145,13 @@ def test_gradients():
     assert backend.after[0][ATTENTION] == 0 and backend.products == 2
 
 
-@pytest.mark.parametrize("inside", [True, False], ids=["region in the graph", "region around the call"])
+@BOTH_WAYS
 def test_autocast(inside):
-    """Every value the new nodes carry has the dtype that they have under autocast (`_Checked`)."""
+    """Every value the new nodes carry has the dtype that they have under autocast (`Checked`)."""
     model = Call(nn.MultiheadAttention(E, 4, batch_first=True)).eval()
-    x = torch.randn(2, 5, E)
-
-    def region(x):
-        with torch.autocast("cpu", torch.bfloat16):
-            return model(x)
-
     backend = Inlined()
-    if inside:
-        result = torch.compile(region, backend=backend)(x)
-    else:
-        run = torch.compile(model, backend=backend)
-        with torch.autocast("cpu", torch.bfloat16):
-            result = run(x)
-    torch.testing.assert_close(result, region(x), rtol=2e-2, atol=2e-2)
+    result, expected = autocast(model, torch.randn(2, 5, E), backend, inside)
+    torch.testing.assert_close(result, expected, rtol=2e-2, atol=2e-2)
     assert result[0].dtype is torch.bfloat16
     assert backend.after[0][ATTENTION] == 0 and backend.products == 2
 
@@ -259,9 +226,9 @@ def test_the_graph_given_is_not_touched():
     x = torch.randn(2, 5, E)
 
     def backend(gm, _):
-        before = [(node.name, node.target, str(node.args), str(node.kwargs)) for node in gm.graph.nodes]
+        before = written(gm.graph)
         assert inline_attention(gm) is not gm
-        assert before == [(node.name, node.target, str(node.args), str(node.kwargs)) for node in gm.graph.nodes]
+        assert written(gm.graph) == before
         assert op_counts(gm)[ATTENTION] == 1
         return gm
 

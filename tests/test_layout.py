@@ -1,6 +1,7 @@
 """How the three folders install and import."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -44,11 +45,17 @@ def test_imports_run_one_way():
         ("passes", ("hwpq_fx.kernels",)),
         ("hwpq_fx", ("hwpq_fx.kernels", "hwpq_fx.passes")),
     ):
-        for file in (ROOT / folder).glob("*.py"):
+        for file in (ROOT / folder).rglob("*.py"):
             for name in imported(file):
                 assert name.split(".")[0] not in ("kernels", "passes"), f"{file}: {name}"
                 if name.split(".")[0] == "hwpq_fx":
                     assert name.startswith(below), f"{file}: {name}"
+
+
+def test_every_folder_with_code_is_in_the_wheel():
+    listed = re.search(r"^packages = (\[.*\])$", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    below = {".".join(file.parent.relative_to(ROOT).parts) for file in (ROOT / "hwpq_fx").rglob("*.py")}
+    assert listed and set(ast.literal_eval(listed[1])) == below | {"hwpq_fx.passes", "hwpq_fx.kernels"}
 
 
 def test_works_without_triton():

@@ -1,16 +1,16 @@
 """Products on packed weights become quantization and one custom op: the same numbers, the counts that are due."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import nn
 
+from graphs import BOTH_WAYS, Checked, autocast, written
 from hwpq_fx.explain import op_counts
 from hwpq_fx.kernels import Float8Sparse24Tensor
 from hwpq_fx.passes import HwpqBackend, lower
-from hwpq_fx.passes.values import op_name, value_of
+from hwpq_fx.passes.values import op_name
+from models import Attention, dequantized, pack
 
 N, K = 24, 16
 LINEAR24, QUANTIZED = "hwpq_fx.linear24", "amax"  # one amax in each quantization
@@ -32,71 +32,32 @@ class Product(nn.Module):
         return self.function(x, self.w, self.b)
 
 
-def pack(model, activation="dynamic"):
-    """Pack every nn.Linear of a model."""
-    for module in model.eval().modules():
-        if isinstance(module, nn.Linear):
-            weight = Float8Sparse24Tensor.from_hp(module.weight.detach(), activation=activation).expand()
-            module.weight = nn.Parameter(weight, requires_grad=False)
-    return model
-
-
 def unpacked(model):
     """The same model on the dense weights that the packed ones stand for, in float64."""
-    dense = copy.deepcopy(model)
-    for module in dense.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if isinstance(parameter, Float8Sparse24Tensor):
-                module.register_parameter(name, nn.Parameter(parameter.dequantize(torch.float64), requires_grad=False))
-    return dense.double()
+    return dequantized(model, torch.float64).double()
 
 
 class Lowered:
     """A Dynamo backend that lowers, checks the graph, and runs it eagerly against what its metadata says."""
 
     def __init__(self, inner=None):
-        self.graphs, self.before, self.after, self.inner = [], [], [], inner
+        self.before, self.after, self.inner = [], [], inner
 
     def __call__(self, gm, inputs):
-        def shape(graph):
-            return [(node.name, node.op, node.target, str(node.args), str(node.kwargs)) for node in graph.nodes]
-
-        given = shape(gm.graph)
+        given = written(gm.graph)
         after = lower(gm)
-        assert shape(gm.graph) == given, "Dynamo's graph was changed"
+        assert written(gm.graph) == given, "Dynamo's graph was changed"
         after.graph.lint()
-        self.graphs.append(after)
         self.before.append(op_counts(gm))
         self.after.append(op_counts(after))
         unused = [{node.name for node in graph.nodes if not node.users} for graph in (gm.graph, after.graph)]
         assert unused[1] <= unused[0], "dead nodes are left over"
         if self.inner:
             return self.inner(after, inputs)
-        known = {node: value_of(node) for node in after.graph.nodes if node.op.startswith("call")}
-        return Checked(after, known)
+        return Checked(after)
 
     def counts(self, *names):
         return tuple(sum(after[name] for after in self.after) for name in names)
-
-
-class Checked(fx.Interpreter):
-    def __init__(self, gm, known):
-        super().__init__(gm)
-        self.known = known
-
-    def __call__(self, *args):
-        return self.run(*args)
-
-    def run_node(self, node):
-        result = super().run_node(node)
-        if node in self.known and isinstance(result, torch.Tensor):
-            promised = self.known[node]
-            assert isinstance(promised, torch.Tensor), f"{node} carries no value"
-            assert promised.dtype == result.dtype and promised.dim() == result.dim(), node
-            assert promised.requires_grad == result.requires_grad, node
-            sizes = [(a, b) for a, b in zip(promised.shape, result.shape, strict=True) if isinstance(a, int)]
-            assert all(a == b for a, b in sizes), node
-        return result
 
 
 def run(model, *args, backend=None, **settings):
@@ -158,18 +119,9 @@ def test_dtypes_and_bias(dtype, bias):
     close(y.float(), unpacked(model)(x.double()).float(), 0.1, 0.5)
 
 
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(K, K) for _ in range(4))
-
-    def forward(self, x):
-        return self.o(F.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x)))
-
-
 @pytest.mark.parametrize(("activation", "quantized"), [("dynamic", 2), ("none", 0)])
 def test_a_shared_input_is_quantized_once(activation, quantized):
-    model, x = pack(Attention(), activation), torch.randn(2, 5, K)
+    model, x = pack(Attention(K), activation), torch.randn(2, 5, K)
     with torch.no_grad():
         y, backend = run(model, x)
         torch.testing.assert_close(y, model(x), rtol=0, atol=0)
@@ -195,7 +147,7 @@ def test_an_input_written_to_between_is_quantized_again():
             x[0] = 100
             return q + k + v + self.o(x)
 
-    model, x = pack(Between()), torch.randn(2, K)
+    model, x = pack(Between(K)), torch.randn(2, K)
     with torch.no_grad():
         y, backend = run(model, x)
         torch.testing.assert_close(y, model(x), rtol=0, atol=0)
@@ -203,7 +155,7 @@ def test_an_input_written_to_between_is_quantized_again():
 
 
 def test_one_input_and_two_kinds_of_activation():
-    model = Attention()
+    model = Attention(K)
     pack(model.q), pack(model.k, "none"), pack(model.v), pack(model.o, "none")
     x = torch.randn(2, 5, K)
     with torch.no_grad():
@@ -213,7 +165,7 @@ def test_one_input_and_two_kinds_of_activation():
 
 
 def test_dense_and_packed_side_by_side():
-    model = pack(Attention())
+    model = pack(Attention(K))
     model.k = nn.Linear(K, K)
     with torch.no_grad():
         y, backend = run(model, x := torch.randn(2, 5, K))
@@ -263,23 +215,11 @@ def test_rows_of_a_packed_weight(activation):
 
 
 @pytest.mark.parametrize("activation", ["dynamic", "none"])
-@pytest.mark.parametrize("inside", [True, False], ids=["region in the graph", "region around the call"])
+@BOTH_WAYS
 def test_autocast(inside, activation):
-    model, x = pack(Attention(), activation), torch.randn(2, 5, K)
-
-    def region(x):
-        with torch.autocast("cpu", torch.bfloat16):
-            return model(x)
-
     backend = Lowered()
     with torch.no_grad():
-        expected = region(x)
-        if inside:
-            y = torch.compile(region, backend=backend)(x)
-        else:
-            compiled = torch.compile(model, backend=backend)
-            with torch.autocast("cpu", torch.bfloat16):
-                y = compiled(x)
+        y, expected = autocast(pack(Attention(K), activation), torch.randn(2, 5, K), backend, inside)
     assert y.dtype is expected.dtype is torch.bfloat16
     torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
     dynamic = activation == "dynamic"
@@ -365,7 +305,7 @@ def test_gradients_asked_for_inside_a_call_without(inner):
 
 
 def test_without_grad_nothing_is_kept_for_it():
-    model, x = pack(Attention()), torch.randn(2, 5, K, requires_grad=True)
+    model, x = pack(Attention(K)), torch.randn(2, 5, K, requires_grad=True)
     with torch.no_grad():
         _, backend = run(model, x)
     assert backend.counts(LINEAR24, "detach") == (4, 0)
@@ -374,7 +314,7 @@ def test_without_grad_nothing_is_kept_for_it():
 
 
 def test_names_and_traces_stay():
-    model = pack(Attention())
+    model = pack(Attention(K))
 
     def backend(gm, _):
         after = lower(gm)
@@ -398,7 +338,7 @@ def test_an_unconverted_graph_comes_back_as_it_is():
         same.append(lower(gm) is gm)
         return gm
 
-    for model in (Attention(), pack(Attention())):
+    for model in (Attention(K), pack(Attention(K))):
         torch.compile(model, backend=backend)(torch.randn(2, 5, K))
     assert same == [True, False]
 
@@ -409,7 +349,7 @@ def test_lowering_twice_changes_nothing_more():
         assert lower(once) is once and op_counts(once)[LINEAR24] == 4
         return once
 
-    torch.compile(pack(Attention()), backend=backend)(torch.randn(2, 5, K))
+    torch.compile(pack(Attention(K)), backend=backend)(torch.randn(2, 5, K))
 
 
 def test_a_weight_with_and_without_its_dense_layout():
@@ -426,7 +366,7 @@ def test_a_weight_with_and_without_its_dense_layout():
 
 @pytest.mark.parametrize("inner", [None, "aot_eager"])
 def test_dynamic_shapes(inner):
-    model, backend = pack(Attention()), Lowered(inner and torch._dynamo.lookup_backend(inner))
+    model, backend = pack(Attention(K)), Lowered(inner and torch._dynamo.lookup_backend(inner))
     compiled = torch.compile(model, backend=backend, dynamic=True)
     with torch.no_grad():
         for lead in [(2, 5), (3, 4), (6, 9)]:
@@ -451,7 +391,7 @@ def test_inductor():
     class Everything(nn.Module):
         def __init__(self, activation):
             super().__init__()
-            self.attention = pack(Attention(), activation)
+            self.attention = pack(Attention(K), activation)
             self.conv1d = packed(activation=activation, transposed=True)
             self.bias = nn.Parameter(torch.randn(N))
             self.out = packed(K, N, activation=activation)

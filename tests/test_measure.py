@@ -1,4 +1,4 @@
-"""Timing, statistics and refusals of `hwpq_fx.measure`, with a clock that is none."""
+"""Timing, statistics and refusals of `hwpq_fx.bench.measure`, with a clock that is none."""
 
 import math
 from functools import partial
@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clocks import FakeClock
-from hwpq_fx.measure import (
+from clocks import FakeClock, fill, is_one
+from hwpq_fx.bench.measure import (
     CALLS_TIMES_L2,
     MOST_CALLS,
     SETS_TIMES_L2,
@@ -45,7 +45,7 @@ def test_rows_in_pieces_are_the_same(monkeypatch):
     x, weight = torch.randn(23, 16), torch.randn(8, 16)
     y = x @ weight.t() + 0.1
     whole = errors_of(y, x, weight)
-    monkeypatch.setattr("hwpq_fx.measure.ROWS_AT_ONCE", 5)
+    monkeypatch.setattr("hwpq_fx.bench.measure.ROWS_AT_ONCE", 5)
     assert errors_of(y, x, weight) == pytest.approx(whole)
 
 
@@ -76,15 +76,6 @@ def test_sets_are_several_times_the_cache(nbytes, l2):
     assert 2 <= sets <= length <= MOST_CALLS
     assert sets * nbytes >= SETS_TIMES_L2 * l2 or sets == MOST_CALLS
     assert length * nbytes >= CALLS_TIMES_L2 * l2 or length == MOST_CALLS
-
-
-def fill(out, value, elements=None):
-    out.view(-1)[:elements] = value
-    return out
-
-
-def is_one(outputs):
-    return "" if bool((outputs[0] == 1).all()) else "not one"
 
 
 def test_a_right_call_has_its_times():

@@ -3,7 +3,6 @@ to the weights afterwards."""
 
 import copy
 import gc
-import io
 import logging
 from collections import Counter
 
@@ -14,21 +13,18 @@ from torch import nn
 from torch._inductor import compile_fx
 
 import hwpq_fx
+from graphs import BOTH_WAYS, autocast
 from hwpq_fx.explain import op_counts
-from hwpq_fx.kernels import Float8Sparse24Tensor
 from hwpq_fx.passes import PASSES, HwpqBackend, merge, merged_of, rewrite
-from models import bert, call, gpt2, llama, tokens
+from models import bert, call, gpt2, llama, pack, saved, tokens
 
 K, N = 64, 32
 
 
-def pack(model, activation="dynamic"):
-    """Pack every nn.Linear of a model."""
-    for module in model.eval().modules():
-        if isinstance(module, nn.Linear):
-            weight = Float8Sparse24Tensor.from_hp(module.weight.detach(), activation=activation).expand()
-            module.weight = nn.Parameter(weight, requires_grad=False)
-    gc.collect()
+def packed(model, activation="dynamic"):
+    """Every nn.Linear packed, and nobody else holds the weights."""
+    pack(model, activation)
+    gc.collect()  # torch 2.11 leaves copies in cycles
     return model
 
 
@@ -92,7 +88,7 @@ def same(actual, expected):
 )
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 def test_queries_keys_and_values(activation, bias, expected, inner):
-    model, x = pack(Attention(bias), activation), torch.randn(2, 5, K)
+    model, x = packed(Attention(bias), activation), torch.randn(2, 5, K)
     with torch.no_grad():
         y, backend = run(model, x, inner=inner)
         same(y, model(x))
@@ -121,7 +117,7 @@ def test_models(make, products, merged):
 
 
 def test_the_graph():
-    model, x = pack(Attention()), torch.randn(2, 5, K)
+    model, x = packed(Attention()), torch.randn(2, 5, K)
     seen = []
 
     def backend(gm, inputs):
@@ -153,11 +149,11 @@ def test_nothing_to_merge_is_the_graph_itself():
         return gm
 
     torch.compile(nn.Sequential(nn.Linear(K, K), nn.Linear(K, K)), backend=backend)(torch.randn(2, K))
-    torch.compile(pack(nn.Sequential(nn.Linear(K, K), nn.Linear(K, K))), backend=backend)(torch.randn(2, K))
+    torch.compile(packed(nn.Sequential(nn.Linear(K, K), nn.Linear(K, K))), backend=backend)(torch.randn(2, K))
 
 
 def linears(*rows, **settings):
-    return pack(nn.ModuleList(nn.Linear(K, n, **settings) for n in rows))
+    return packed(nn.ModuleList(nn.Linear(K, n, **settings) for n in rows))
 
 
 def merged(function, *args, **settings):
@@ -184,7 +180,7 @@ def test_an_input_written_to_between_is_another():
 
 def test_different_activations_dtypes_and_ignored_layers():
     layers = linears(*(N,) * 6)
-    layers[2], layers[3] = pack(nn.ModuleList(nn.Linear(K, N) for _ in range(2)), "none")
+    layers[2], layers[3] = packed(nn.ModuleList(nn.Linear(K, N) for _ in range(2)), "none")
     layers[4] = nn.Linear(K, N)
     with torch.no_grad():
         assert merged(lambda x: [one(x) for one in layers], torch.randn(3, K)) == (5, 2)
@@ -261,7 +257,7 @@ def test_whoever_depends_on_strides_gets_a_contiguous_part(name, inner):
 
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 def test_dynamic_shapes(inner):
-    model, backend = pack(Attention()), Backend(inner)
+    model, backend = packed(Attention()), Backend(inner)
     compiled = torch.compile(model, backend=backend, dynamic=True)
     with torch.no_grad():
         for lead in [(2, 5), (3, 4), (6, 9)]:
@@ -270,23 +266,11 @@ def test_dynamic_shapes(inner):
     assert backend.count() == [2]
 
 
-@pytest.mark.parametrize("inside", [True, False])
+@BOTH_WAYS
 def test_autocast(inside):
-    model, x = pack(Attention()), torch.randn(2, 5, K)
-
-    def region(x):
-        with torch.autocast("cpu", torch.bfloat16):
-            return model(x)
-
     backend = Backend()
     with torch.no_grad():
-        expected = region(x)
-        if inside:
-            y = torch.compile(region, backend=backend)(x)
-        else:
-            compiled = torch.compile(model, backend=backend)
-            with torch.autocast("cpu", torch.bfloat16):
-                y = compiled(x)
+        y, expected = autocast(packed(Attention()), torch.randn(2, 5, K), backend, inside)
     assert y.dtype is torch.bfloat16 and backend.count() == [2]
     torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
 
@@ -294,7 +278,7 @@ def test_autocast(inside):
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 @pytest.mark.parametrize("activation", ["dynamic", "none"])
 def test_gradients(activation, inner):
-    model, x = pack(Attention(), activation), torch.randn(2, 5, K, requires_grad=True)
+    model, x = packed(Attention(), activation), torch.randn(2, 5, K, requires_grad=True)
     model.train()
     wanted, cotangent = [x, model.q.bias, model.k.bias, model.v.bias], torch.randn(2, 5, K)
     expected = torch.autograd.grad(model(x), wanted, cotangent)
@@ -319,20 +303,20 @@ def test_gradients_are_for_those_products_that_want_them():
 
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 def test_a_parameter_replaced_after_compiling(inner):
-    model, x = pack(Attention()), torch.randn(2, 5, K)
+    model, x = packed(Attention()), torch.randn(2, 5, K)
     backend = Backend(inner)
     compiled = torch.compile(model, backend=backend)
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
         before = compiled(x)
-        model.k.weight = pack(nn.Linear(K, N)).weight
+        model.k.weight = packed(nn.Linear(K, N)).weight
         gc.collect()
         after = compiled(x)
         same(after, model(x))
         assert not torch.allclose(before, after, atol=1e-3)
         # in place, through the module, and by loading
-        model.v.weight.copy_(pack(nn.Linear(K, N)).weight)
+        model.v.weight.copy_(packed(nn.Linear(K, N)).weight)
         model.q.weight.scale.mul_(2)
-        model.load_state_dict(pack(Attention()).state_dict(), assign=True)
+        model.load_state_dict(packed(Attention()).state_dict(), assign=True)
         gc.collect()
         same(compiled(x), model(x))
         whole = [one.weight.qdata for one in (model.q, model.k, model.v)]
@@ -342,12 +326,12 @@ def test_a_parameter_replaced_after_compiling(inner):
 
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 def test_weights_that_others_hold_run_apart(inner):
-    model, x = pack(Attention()), torch.randn(2, 5, K)
+    model, x = packed(Attention()), torch.randn(2, 5, K)
     backend = Backend(inner)
     compiled = torch.compile(model, backend=backend)
     with torch.no_grad():
         compiled(x)
-        state = pack(Attention()).state_dict()
+        state = packed(Attention()).state_dict()
         model.load_state_dict(state, assign=True)
         for _ in range(2):
             same(compiled(x), model(x))
@@ -359,7 +343,7 @@ def test_weights_that_others_hold_run_apart(inner):
 
 
 def test_moved_copied_and_saved_models():
-    model, x = pack(Attention()), torch.randn(2, 5, K)
+    model, x = packed(Attention()), torch.randn(2, 5, K)
     backend = Backend()
     state = {name: value.shape for name, value in model.state_dict().items()}
     size = len(saved(model).getvalue())
@@ -383,12 +367,6 @@ def test_moved_copied_and_saved_models():
     assert set(backend.count()) == {2}
 
 
-def saved(model):
-    file = io.BytesIO()
-    torch.save(model.state_dict(), file)
-    return file
-
-
 def test_one_graph_for_layers_that_it_was_not_compiled_with():
     class Stack(nn.Module):
         def __init__(self):
@@ -401,7 +379,7 @@ def test_one_graph_for_layers_that_it_was_not_compiled_with():
                 x = layer(x)
             return x
 
-    model, x, backend = pack(Stack()), torch.randn(2, 5, K), Backend()
+    model, x, backend = packed(Stack()), torch.randn(2, 5, K), Backend()
     with torch.no_grad():
         compiled = torch.compile(model, backend=backend)
         for _ in range(2):
@@ -413,7 +391,7 @@ def test_one_graph_for_layers_that_it_was_not_compiled_with():
 
 def test_compilers_take_the_weights_for_parameters():
     """CUDA graphs read these where they lie, and copy everything else at every call."""
-    model, x = pack(Attention()), torch.randn(2, 5, K)
+    model, x = packed(Attention()), torch.randn(2, 5, K)
     static = []
 
     def inner_compile(gm, inputs, **settings):
@@ -433,7 +411,7 @@ def test_compilers_take_the_weights_for_parameters():
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune-no-cudagraphs"])
 def test_modes(mode):
-    model, x = pack(Attention()), torch.randn(2, 5, K)
+    model, x = packed(Attention()), torch.randn(2, 5, K)
     with torch.no_grad():
         compiled = torch.compile(model, backend="hwpq", mode=mode)
         for _ in range(3):
@@ -443,7 +421,7 @@ def test_modes(mode):
 def test_the_graph_cache_serves_merged_graphs():
     from torch._dynamo.utils import counters
 
-    model, x = pack(Attention()), torch.randn(2, 5, K)
+    model, x = packed(Attention()), torch.randn(2, 5, K)
     counters.clear()
     with torch.no_grad(), torch._inductor.utils.fresh_inductor_cache():
         for _ in range(2):
@@ -454,7 +432,7 @@ def test_the_graph_cache_serves_merged_graphs():
 
 
 def test_it_says_what_it_merged(caplog):
-    model, x = pack(Attention()), torch.randn(2, 5, K)
+    model, x = packed(Attention()), torch.randn(2, 5, K)
     with caplog.at_level(logging.DEBUG, "hwpq_fx"):
         explanation = hwpq_fx.explain(model, x)
     (graph,) = explanation.graphs
@@ -468,4 +446,4 @@ def test_without_the_pass_nothing_is_merged():
         assert op_counts(after)["hwpq_fx.linear24"] == 4 and not merged_of(after)
         return after
 
-    torch.compile(pack(Attention()), backend=backend)(torch.randn(2, 5, K))
+    torch.compile(packed(Attention()), backend=backend)(torch.randn(2, 5, K))

@@ -6,18 +6,7 @@ import pytest
 import torch
 
 import hwpq_fx
-from hwpq_fx.kernels import Float8Sparse24Tensor
-from models import MODELS, call
-
-
-def dequantized(model):
-    """The same model with plain dense weights that hold what the packed ones stand for."""
-    dense = copy.deepcopy(model)
-    for module in dense.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if isinstance(parameter, Float8Sparse24Tensor):
-                module.register_parameter(name, torch.nn.Parameter(parameter.dequantize(), requires_grad=False))
-    return dense
+from models import MODELS, call, dequantized
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -6,9 +6,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from graphs import written
 from hwpq_fx.explain import op_counts
 from hwpq_fx.kernels import Float8Sparse24Tensor
 from hwpq_fx.passes import Use, observe
+from models import Attention
 
 OBSERVER = "hwpq_observer"
 N, K = 16, 8
@@ -28,12 +30,9 @@ class Watch:
         self.blocked[self.names[id(weight)]] = reason
 
     def backend(self, gm, _):
-        def shape(graph):
-            return [(node.name, node.op, node.target, str(node.args), str(node.kwargs)) for node in graph.nodes]
-
-        given, modules = shape(gm.graph), dict(gm.named_modules()).keys()
+        given, modules = written(gm.graph), dict(gm.named_modules()).keys()
         observed = observe(gm, self)
-        assert shape(gm.graph) == given and dict(gm.named_modules()).keys() == modules, "Dynamo's graph was changed"
+        assert written(gm.graph) == given and dict(gm.named_modules()).keys() == modules, "Dynamo's graph was changed"
         observed.gm.graph.lint()
         self.before.append(op_counts(gm))
         self.after.append(op_counts(observed.gm))
@@ -81,18 +80,9 @@ class Weighted(nn.Module):
         return self.function(x, self.w), F.linear(x, self.control)
 
 
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(K, K) for _ in range(4))
-
-    def forward(self, x):
-        return self.o(F.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x)))
-
-
 def test_one_observer_for_each_distinct_input():
     x = torch.randn(2, 5, K)
-    model = Attention()
+    model = Attention(K)
     watch = watched(model, x)
     assert watch.before[0]["linear"] == watch.after[0]["linear"] == 4 == watch.graphs[0].products
     assert watch.before[0][OBSERVER] == 0 and watch.after[0][OBSERVER] == 2
@@ -114,7 +104,7 @@ def test_an_input_written_to_between_is_not_the_same():
             return q + k + self.v(x)
 
     x = torch.randn(2, K)
-    watch = watched(Between(), x)
+    watch = watched(Between(K), x)
     assert watch.after[0][OBSERVER] == 2
     assert [names for _, names, _ in watch.seen] == [["q.weight", "k.weight"], ["v.weight"]]
     torch.testing.assert_close(watch.seen[0][0], 2 * x)
@@ -287,7 +277,7 @@ def test_one_output_and_one_input_channel():
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_dynamic_shapes(dynamic):
     batches = [torch.randn(*lead, K) for lead in [(2, 5), (3, 4), (6, 9), (7, 8)]]
-    watch = watched(Attention(), *batches, dynamic=dynamic)
+    watch = watched(Attention(K), *batches, dynamic=dynamic)
     assert len(watch.graphs) == (1 if dynamic else 2)
     assert [x.shape for x, _, _ in watch.seen[::2]] == [x.shape for x in batches]
     for (x, _, _), batch in zip(watch.seen[::2], batches, strict=True):
@@ -364,7 +354,7 @@ def test_attention_is_seen_through():
 
 
 def test_under_inference_mode():
-    watch = Watch(model := Attention())
+    watch = Watch(model := Attention(K))
     run = torch.compile(model, backend=watch.backend)
     with torch.inference_mode():
         x = torch.randn(2, 5, K)
@@ -374,7 +364,7 @@ def test_under_inference_mode():
 
 
 def test_gradients_flow_past_observers():
-    watch = Watch(model := Attention())
+    watch = Watch(model := Attention(K))
     run = torch.compile(model, backend=watch.backend)
     x = torch.randn(2, 5, K, requires_grad=True)
     parameters = [x, *model.parameters()]

@@ -6,13 +6,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-import hwpq_fx.tune as tune_module
+import hwpq_fx.bench.tune as tune_module
 from clocks import TINY, FakeClock, FakeRegion
-from hwpq_fx import contenders
+from hwpq_fx.bench import contenders
+from hwpq_fx.bench.tune import earlier, run_tune, summary, tune, tune_shapes
 from hwpq_fx.kernels.paths import PATHS
 from hwpq_fx.kernels.paths import Target as Gpu
 from hwpq_fx.kernels.table import DENSE_NAMES, load_table, versions
-from hwpq_fx.tune import earlier, run_tune, summary, tune, tune_shapes
 
 DEVICE = "NVIDIA H100 80GB HBM3"
 

@@ -12,13 +12,12 @@ from hwpq_fx.kernels.paths import PATHS
 from hwpq_fx.kernels.roofline import MODELS
 from hwpq_fx.kernels.table import DENSE_NAMES, Table, load_table, save_table, user_table_file
 
-from .bench_linears import Shape
-from .bench_run import COMPILING
-from .contenders import Contender, dense_contenders, path_contenders
-from .errors import ConfigError
-from .linears import decoder
+from ..errors import ConfigError
+from .contenders import COMPILING, Contender, dense_contenders, path_contenders
+from .linears import Shape
 from .machine import no_gpu
 from .measure import Clock, CudaClock, GpuLost
+from .shapes import decoder
 
 ROWS = tuple(2**power for power in range(15))
 QUICK_ROWS = ROWS[::2]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from hwpq_fx.kernels.gpus import GPUS, Gpu
 from hwpq_fx.kernels.roofline import floor, packed_bytes, steps
 
-from .linears import FORMS, MERGED, decoder
+from .shapes import FORMS, MERGED, decoder
 
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 NOT_MEASURED = "Not yet measured: no file in `benchmarks/results` holds a GPU's figures."

@@ -12,11 +12,11 @@ from rich.table import Table
 from hwpq_fx.kernels.paths import PATHS
 from hwpq_fx.kernels.roofline import MODELS
 
-from .bench_report import targets, write_readme
-from .bench_run import FULL, GROUPS, KEYS, PLAN, QUICK, QUICK_PLAN, Bench, results_in
-from .linears import FORMS
 from .machine import describe_machine, no_gpu, slug
 from .measure import CudaClock, GpuLost
+from .report import targets, write_readme
+from .run import FULL, GROUPS, KEYS, PLAN, QUICK, QUICK_PLAN, Bench, results_in
+from .shapes import FORMS
 
 
 @click.command()

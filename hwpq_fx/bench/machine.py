@@ -54,8 +54,8 @@ def sources() -> str:
     import hwpq_fx.kernels
     import hwpq_fx.passes
 
-    digest = hashlib.sha256()
-    for folder in (Path(__file__).parent, *(Path(p.__path__[0]) for p in (hwpq_fx.passes, hwpq_fx.kernels))):
+    digest, here = hashlib.sha256(), Path(__file__).parent
+    for folder in (here.parent, here, *(Path(p.__path__[0]) for p in (hwpq_fx.passes, hwpq_fx.kernels))):
         for file in sorted(folder.glob("*.py")):
             digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:16]

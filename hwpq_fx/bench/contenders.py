@@ -35,6 +35,14 @@ TORCHAO_INDUCTOR = {
     "force_fuse_int_mm_with_mul": True,
 }
 
+# every number of rows and every variant is a compilation of its own, and none may fall back to running eagerly
+COMPILING = {
+    "recompile_limit": 100_000,
+    "accumulated_recompile_limit": 100_000,
+    "fail_on_recompile_limit_hit": True,
+    "automatic_dynamic_shapes": False,
+}
+
 
 class Built(NamedTuple):
     """A contender for one weight."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from hwpq_fx.kernels.roofline import MODELS
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 # As they run: each linear by itself, or those that share an input (q/k/v, gate/up) as one product
 SEPARATE, MERGED = "separate", "merged"

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..conversion import convert
 from .contenders import DTYPE, TORCHAO_INDUCTOR, fp8_dynamic_config, fp8_weight_only_config
-from .conversion import convert
 from .measure import Clock, Outputs, errors_between, measured, normal, one_line
 
 Line = dict[str, Any]

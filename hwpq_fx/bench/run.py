@@ -11,13 +11,13 @@ import torch
 
 from hwpq_fx.kernels.table import table_of
 
-from .bench_linears import QUICK_ROWS, ROWS, linears
-from .bench_models import generation, layers
-from .bench_prune import pruning
-from .bench_report import floor_us, gpu_named, sums, targets
-from .contenders import contenders
-from .linears import FORMS, MERGED, decoder
+from .contenders import COMPILING, contenders
+from .linears import QUICK_ROWS, ROWS, linears
 from .measure import Clock, GpuLost, copy_bandwidth, matrix_rate, one_line
+from .models import generation, layers
+from .prune import pruning
+from .report import floor_us, gpu_named, sums, targets
+from .shapes import FORMS, MERGED, decoder
 
 FORMAT = 1
 TOLD = ("bf16", "fp8 dynamic", "fp8 weight-only", "hwpq")
@@ -26,14 +26,6 @@ GROUPS = ("linears", "prune", "layers", "generate")
 PLAN = (("linears", "llama-3-8b"), ("prune", "llama-3-8b"), ("generate", "llama-3-8b"), ("layers", "llama-3-8b"),
         ("linears", "qwen2.5-7b"), ("linears", "llama-3.2-1b"), ("layers", "qwen2.5-7b"))  # fmt: skip
 QUICK_PLAN = (("linears", "llama-3-8b"), ("prune", "llama-3-8b"))
-
-# every number of rows and every variant is a compilation of its own, and none may fall back to running eagerly
-COMPILING = {
-    "recompile_limit": 100_000,
-    "accumulated_recompile_limit": 100_000,
-    "fail_on_recompile_limit_hit": True,
-    "automatic_dynamic_shapes": False,
-}
 
 
 class Effort(NamedTuple):

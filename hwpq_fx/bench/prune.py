@@ -11,8 +11,8 @@ from hwpq_fx.kernels.prune_pack24 import prune_pack24, prune_pack24_reference
 from hwpq_fx.kernels.roofline import packed_bytes
 
 from .contenders import DTYPE
-from .linears import Decoder
 from .measure import Clock, Outputs, errors_between, measured, normal
+from .shapes import Decoder
 
 Weight = tuple[torch.Tensor, torch.Tensor]  # W [N, K] bf16, sums of squares [K] float32
 Line = dict[str, Any]
