@@ -63,11 +63,11 @@ def conversion_speed(minilm: MiniLM, activation: str, runs: int) -> dict[str, di
     return made
 
 
-def observing_cost(minilm: MiniLM, runs: int) -> dict[str, float]:
+def observing_cost(minilm: MiniLM, curvature_bytes: int | None, runs: int) -> dict[str, float]:
     """Observed forward over plain eager forward on the calibration batches, once traced."""
     batches = minilm.batches(sentences("calibration"))
     observed = copy.deepcopy(minilm.model)
-    calibration = Calibration(observed)
+    calibration = Calibration(observed, curvature_bytes)
     calibration.run(batches)
     try:
         return paired(
@@ -95,7 +95,8 @@ def main(threads: int, runs: int, out: Path) -> None:
                 "python": platform.python_version(),
                 **{name: version(name) for name in ("torch", "torchao", "transformers", "hwpq_fx")},
             },
-            "observed over plain eager": observing_cost(minilm, max(5, runs // 10)),
+            "observed over plain eager, sums of squares": observing_cost(minilm, 0, max(5, runs // 10)),
+            "observed over plain eager, X^T X": observing_cost(minilm, None, max(5, runs // 10)),
             "dense over converted, compiled, activation dynamic": conversion_speed(minilm, "dynamic", runs),
             "dense over converted, compiled, activation none": conversion_speed(minilm, "none", runs),
         }

@@ -5,9 +5,13 @@
 #   --python PYTHON   the interpreter that has torch; default python3
 #   --seconds N       stop after so many seconds; default 580
 #   --dry-run         print the commands and run nothing
-#   step              smoke pytest memcheck racecheck tune quick bench; default all, in this order
+#   step              smoke pytest memcheck racecheck tune quick bench; default these, in this order
+#                     block accuracy: only by name, with most of the time for themselves, as in
+#                     benchmarks/gpu.sh --wheels FOLDER block accuracy
 #
-# No step stops another; each has its own time limit. Logs, a summary and the JSON go to $OUT, or to gpu-out.
+# accuracy trains the model of small_llama.py first, unless a run before on this machine did: where the time is not
+# enough for both, call it again. No step stops another; each has its own time limit. Logs, a summary and the JSON go to
+# $OUT, or to gpu-out.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
@@ -19,7 +23,7 @@ while [ $# -gt 0 ]; do
         case $1 in --wheels) wheels=$2 ;; --python) python=$2 ;; --seconds) seconds=$2 ;; esac
         shift ;;
     --dry-run) dry=1 ;;
-    smoke | pytest | memcheck | racecheck | tune | quick | bench) steps+=("$1") ;;
+    smoke | pytest | memcheck | racecheck | tune | quick | bench | block | accuracy) steps+=("$1") ;;
     *) echo "unknown: $1 (see the head of $0)" >&2; exit 2 ;;
     esac
     shift
@@ -37,6 +41,8 @@ cli=("$python" -c 'from hwpq_fx.cli import main; main(prog_name="hwpq-fx")')
 results=(--out "$out/results" --readme "$out/no-readme")
 sanitizer=(compute-sanitizer --error-exitcode 9 --target-processes application-only)
 check=("$python" benchmarks/sanitize.py)
+# these import their neighbours in benchmarks/
+script=(env -u PYTHONSAFEPATH "$python")
 # the repository's own folder is no package by itself: passes and kernels lie beside hwpq_fx
 export PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1
 
@@ -103,6 +109,11 @@ for name in "${steps[@]}"; do
     racecheck) step racecheck 60 "${sanitizer[@]}" --tool racecheck "${check[@]}" --quick ;;
     tune) step tune 80 "${cli[@]}" tune --quick --model llama-3-8b ;;
     quick) step quick 130 "${cli[@]}" bench --quick --budget 110 "${results[@]}" ;;
+    block) step block 150 "${script[@]}" benchmarks/block.py --device cuda --out "$out/results/block.json" ;;
+    accuracy)
+        step train 330 "${script[@]}" benchmarks/small_llama.py --device cuda --seconds 200
+        step accuracy "$seconds" "${script[@]}" benchmarks/accuracy.py --device cuda --out "$out/results/accuracy-cuda.json"
+        ;;
     bench) step bench "$seconds" "${cli[@]}" bench --budget "$([ -n "$dry" ] && echo "$seconds" || echo $(($(left) - 40)))" "${results[@]}" ;;
     esac
 done
@@ -115,6 +126,7 @@ shutil.copy(user_table_file(torch.cuda.get_device_name()), sys.argv[1])' "$out/t
     printf '\n'
     grep -E '^(BAD|not launched|FAILED|ERROR|=+ .*(passed|failed))|ERROR SUMMARY|RACECHECK SUMMARY' "$log" | cut -c1-160 | tail -40
     grep -A 18 ': LLaMA-3-8B$' "$log" | tail -19
+    grep -E '^(block|parameters|perplexity|dense|seed) ' "$log" | cut -c1-160 | tail -70
     printf '\n'
     cat "$summary"
 fi

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hwpq_fx.kernels.saliency import score
 
-__all__ = ["COMPENSATIONS", "DEFAULT_COMPENSATION", "compensate"]
+__all__ = ["COMPENSATIONS", "compensate"]
 
 
 def _none(terms: Tensor, mask: Tensor) -> Tensor:
@@ -24,13 +24,11 @@ def _energy(terms: Tensor, mask: Tensor) -> Tensor:
     return torch.where(kept > 0, (total / kept).sqrt(), 1.0)
 
 
-DEFAULT_COMPENSATION = "energy"
-
 # Each takes the contributions [N, K] and the mask.
 COMPENSATIONS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = MappingProxyType({"energy": _energy, "none": _none})
 
 
-def compensate(weight: Tensor, mask: Tensor, sum_sq: Tensor | None = None, name: str = DEFAULT_COMPENSATION) -> Tensor:
+def compensate(weight: Tensor, mask: Tensor, sum_sq: Tensor | None = None, name: str = "energy") -> Tensor:
     """Factor for every row of the pruned weight: float32 [N].
 
     weight: [N, K], any float dtype. mask: bool [N, K], True = kept. sum_sq: [K] sums of squares per input

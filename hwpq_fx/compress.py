@@ -1,7 +1,7 @@
 """One layer: score, select, compensate and pack. Pure: reads a dense weight, returns its compressed form."""
 
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torchao.quantization import Float8Tensor
 
 from hwpq_fx.kernels import FORMAT_K, Float8Sparse24Tensor, select24
+from hwpq_fx.kernels.linear24 import cpu_product_dtype
 from hwpq_fx.kernels.saliency import score
 from hwpq_fx.passes import Use
 
@@ -105,10 +106,17 @@ def check_weight(layer: Layer) -> None:
         raise ModelError(f"{layer.name}: the weight holds NaN or Inf; mend the checkpoint or add the layer to ignore")
 
 
-def compress(name: str, parameter: torch.Tensor, statistics: Statistics, config: HWPQConfig) -> Compressed:
+def compress(
+    name: str,
+    parameter: torch.Tensor,
+    statistics: Statistics,
+    config: HWPQConfig,
+    drift: torch.Tensor | None = None,
+) -> Compressed:
     """Compress one finite parameter, [N, K] or its transpose as its uses say.
 
-    Raises CalibrationError for NaN or Inf in its inputs.
+    drift: float32 [N, K], where "cg" is to aim at other outputs than those of the weight on these inputs (see
+    `reconstruct`). Raises CalibrationError for NaN or Inf in its inputs.
     """
     transposed = next(iter(statistics)).transposed
     weight = parameter.detach()
@@ -121,8 +129,9 @@ def compress(name: str, parameter: torch.Tensor, statistics: Statistics, config:
         mask, share = _select(part, span.sum_sq, config)
         settled += share * (span.stop - span.start) / weight.shape[0]
         kept_weights += int(mask.count_nonzero())  # a sum would be made in int64
-        for rows, kept in zip(_parts(part), _parts(mask), strict=True):
-            new = _packed(*_compensate(rows, kept, span, config), config)
+        aims = repeat(None) if drift is None else _parts(drift[span.start : span.stop])
+        for rows, kept, aim in zip(_parts(part), _parts(mask), aims, strict=False):
+            new = _packed(*_compensate(rows, kept, span, config, aim), config)
             errors.append(_squared_errors(rows, new, span))
             made.append(new)
 
@@ -146,7 +155,9 @@ def compress(name: str, parameter: torch.Tensor, statistics: Statistics, config:
 
 def _parts(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """[N, K] in parts that are small beside it, unless it is small itself."""
-    return rows.split(max(1, -(-max(LEAST_PART, rows.numel() // PARTS) // rows.shape[1])))
+    size = max(1, -(-max(LEAST_PART, rows.numel() // PARTS) // rows.shape[1]))
+    # matrix products on a GPU come in tiles of 128 rows
+    return rows.split(size if size < 128 else round(size / 128) * 128)
 
 
 def _packed(kept: torch.Tensor, mask: torch.Tensor, factor: torch.Tensor, config: HWPQConfig) -> Any:
@@ -273,7 +284,7 @@ def _compensation_of(span: Span, config: HWPQConfig) -> str:
 
 
 def _compensate(
-    weight: torch.Tensor, mask: torch.Tensor, span: Span, config: HWPQConfig
+    weight: torch.Tensor, mask: torch.Tensor, span: Span, config: HWPQConfig, drift: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The weight to store, the mask it ends with, and a factor per row."""
     if span.curvature is None:
@@ -281,13 +292,22 @@ def _compensate(
     gram, _ = span.curvature
     # a sample says less than all rows do: hold on to the original weight more
     damping = 0.1 if isinstance(gram, MatrixFree) else 0.01
+    dense, dtype = weight.float(), product_dtype(weight.device)
     if config.sparsity == "2:4":
         blocks = gram.blocks if isinstance(gram, MatrixFree) else None
-        new, mask = refine(weight.float(), mask, gram, config.cg_rounds, config.cg_steps, damping, blocks)
+        new, mask = refine(dense, mask, gram, config.cg_rounds, config.cg_steps, damping, blocks, drift, dtype)
     else:
         diagonal = gram.diagonal if isinstance(gram, MatrixFree) else None
-        new = reconstruct(weight.float(), mask, gram, config.cg_steps * (config.cg_rounds + 1), damping, diagonal)
+        steps = config.cg_steps * (config.cg_rounds + 1)
+        new = reconstruct(dense, mask, gram, steps, damping, diagonal, drift, dtype)
     return new.to(weight.dtype), mask, torch.ones(weight.shape[0], device=weight.device)
+
+
+def product_dtype(device: torch.device) -> torch.dtype:
+    """What conjugate gradients multiply in on `device`: bfloat16 where it is faster than float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
+    return cpu_product_dtype(torch.float32) if device.type == "cpu" else torch.float32
 
 
 def _squared_errors(weight: torch.Tensor, made: Any, span: Span) -> tuple[float, float]:

@@ -7,10 +7,10 @@ from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
 
 from hwpq_fx.kernels.ewma import DEV_RATE, MEAN_RATE
 from hwpq_fx.kernels.packed import ACTIVATIONS
-from hwpq_fx.kernels.saliency import DEFAULT_SALIENCY, SALIENCIES
+from hwpq_fx.kernels.saliency import SALIENCIES
 from hwpq_fx.kernels.select24 import DEFAULT_LAMBDA, DEFAULT_SELECTION, SELECTIONS
 
-from .compensation import COMPENSATIONS, DEFAULT_COMPENSATION
+from .compensation import COMPENSATIONS
 from .errors import ConfigError
 from .targets import check_pattern
 
@@ -36,9 +36,10 @@ class HWPQConfig(AOBaseConfig):
     as dense FP8 (torchao's Float8Tensor): smaller than bfloat16, but no faster for the zeros, for nn.Linear only, and
     without gradients (call the model under torch.no_grad())."""
 
-    saliency: str = DEFAULT_SALIENCY
-    """What a weight is worth: "contribution" (w^2 times the sum of its squared inputs), "rank_one", "relative"
-    (RIA) or "magnitude". See `hwpq_fx.kernels.saliency`."""
+    saliency: str = "relative"
+    """What a weight is worth: "relative" (RIA: its share of its row and of its column, times the root of its input's
+    norm), "contribution" (w^2 times the sum of its squared inputs), "rank_one" or "magnitude". See
+    `hwpq_fx.kernels.saliency`."""
 
     selection: str = DEFAULT_SELECTION
     """How 2:4 masks are chosen: "ewma" (a moving threshold, comparison where it does not settle a group; equals the
@@ -53,20 +54,27 @@ class HWPQConfig(AOBaseConfig):
     lam: float = DEFAULT_LAMBDA
     """Threshold = moving mean + lam * moving deviation. With a `sparsity` ratio it is where the search starts."""
 
-    compensation: str = DEFAULT_COMPENSATION
+    compensation: str = "cg"
     """What is done for what pruning took: "cg" fits the kept weights to the calibration inputs by conjugate gradients
     and chooses the masks again in between; "energy" rescales each row to keep the energy of its output, from sums of
     squares alone; "none" nothing. Without calibration "cg" is "energy"."""
 
-    cg_steps: int = 5
-    """Steps of each round of "cg"."""
+    cg_steps: int = 10
+    """Steps of "cg" once the masks are final; half as many before they are chosen again."""
 
-    cg_rounds: int = 3
+    cg_rounds: int = 1
     """How often "cg" chooses the masks again."""
 
-    curvature_bytes: int = 4 * 2**30
-    """Memory that "cg" may take during calibration, for X^T X of every input (4 K^2 bytes each). Inputs for which
-    there is no more room keep a sample of rows, and after that only sums of squares; the report says which."""
+    sequential: bool = False
+    """With "cg": convert layer after layer, each on the inputs that the converted layers before it give, aiming at the
+    dense model's outputs. More accurate; calibration takes some three times as long, and the activations of all
+    batches at one point of the model are in memory, twice. For `hwpq_fx.convert` of models that Dynamo captures whole;
+    others are converted as without it, and the report says so."""
+
+    curvature_bytes: int | None = None
+    """Memory on each device that "cg" may take during calibration, for X^T X of every input (4 K^2 bytes each). Inputs
+    for which there is no more room keep a sample of rows, and after that only sums of squares; the report says which.
+    None: half of what is free on a GPU, 4 GiB elsewhere."""
 
     activation: str = "dynamic"
     """"dynamic": the inputs of converted layers become FP8 too, one scale per row, on the fly, as sparse tensor
@@ -122,8 +130,14 @@ class HWPQConfig(AOBaseConfig):
         _one_of("layout", self.layout, ("fastest", "packed"))
         _one_of("packing_format", self.packing_format, (PLAIN, SPARSE_2D))
         self.packing_format = str.__str__(self.packing_format)  # of torchao's enum as well
+        if not isinstance(self.sequential, bool):
+            raise ConfigError(f"sequential {self.sequential!r} is neither True nor False")
+        if self.sequential and self.compensation != "cg":
+            raise ConfigError(f'sequential is for compensation "cg", not {self.compensation!r}')
         for name, least in (("cg_steps", 1), ("cg_rounds", 0), ("curvature_bytes", 0), ("typical_rows", 1)):
             value = getattr(self, name)
+            if name == "curvature_bytes" and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"{name} {value!r} is not a whole number of at least {least}")
         for name in ("mean_rate", "dev_rate"):

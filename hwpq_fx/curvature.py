@@ -9,6 +9,7 @@ from .reconstruction import Gram, MatrixFree
 
 # Rows of a sample. MiniLM: 2048 of 7313 rows keep nine tenths of what all of them give, 512 rows three quarters.
 SAMPLE_ROWS = 4096
+CPU_BYTES = 4 * 2**30
 
 
 class GramMatrix:
@@ -17,10 +18,18 @@ class GramMatrix:
     def __init__(self, channels: int, device: torch.device):
         self.matrix = torch.zeros(channels, channels, device=device)
 
+    @property
+    def nbytes(self) -> int:
+        return self.matrix.nbytes
+
     def update(self, rows: torch.Tensor) -> None:
         """Add rows [R, K], any floating dtype."""
-        rows = rows.float()
-        self.matrix.addmm_(rows.T, rows)
+        if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16):
+            # tensor cores multiply these exactly, and add in float32
+            self.matrix += torch.mm(rows.T, rows, out_dtype=torch.float32)
+        else:
+            rows = rows.float()
+            self.matrix.addmm_(rows.T, rows)
 
 
 class RowSample:
@@ -31,6 +40,11 @@ class RowSample:
         self.rows = torch.empty(0, channels, device=device)
         self._lots = torch.empty(0)
         self._random = torch.Generator().manual_seed(0)
+
+    @property
+    def nbytes(self) -> int:
+        """Once it is full."""
+        return 4 * self.rows.shape[1] * self.capacity
 
     def update(self, rows: torch.Tensor) -> None:
         """Offer rows [R, K], any floating dtype."""
@@ -44,21 +58,32 @@ Curvature = GramMatrix | RowSample
 
 
 class CurvatureBudget:
-    """Hands out the one or the other until `limit` bytes are spent, and then nothing."""
+    """Hands out the one or the other until `limit` bytes are spent on a device, and then nothing.
 
-    def __init__(self, limit: int):
-        self.left = limit
+    limit: None is half of what is free on a GPU when the first is asked for, 4 GiB elsewhere. taken: bytes that others
+    hold already.
+    """
+
+    def __init__(self, limit: int | None, taken: int = 0):
+        self.limit, self.taken = limit, taken
+        self._left: dict[torch.device, int] = {}
 
     def grant(self, channels: int, device: torch.device) -> Curvature | None:
         """X^T X where it fits, else a sample of rows, or None where not even a few hundred rows fit."""
-        if (size := 4 * channels * channels) <= self.left:
-            self.left -= size
+        left = self._left.setdefault(device, self._limit(device) - self.taken)
+        if (size := 4 * channels * channels) <= left:
+            self._left[device] -= size
             return GramMatrix(channels, device)
-        capacity = min(SAMPLE_ROWS, self.left // (4 * channels))
+        capacity = min(SAMPLE_ROWS, left // (4 * channels))
         if capacity < 256:
             return None
-        self.left -= 4 * channels * capacity
+        self._left[device] -= 4 * channels * capacity
         return RowSample(channels, device, capacity)
+
+    def _limit(self, device: torch.device) -> int:
+        if self.limit is not None:
+            return self.limit
+        return (torch.cuda.mem_get_info(device)[0] + self.taken) // 2 if device.type == "cuda" else CPU_BYTES
 
 
 def combined(parts: Sequence[Curvature | None], device: torch.device) -> tuple[Gram, str] | None:

@@ -80,6 +80,8 @@ def _checked(config: HWPQConfig | None) -> HWPQConfig:
     config = replace(config or HWPQConfig())  # validates again: fields may have been assigned since
     if config.step is not None:
         raise ConfigError(f"step {config.step!r} is for torchao.quantize_")
+    if config.sequential:
+        raise ConfigError("sequential is for hwpq_fx.convert: here every block is observed as the dense model runs it")
     if (config.max_loss, config.min_speedup) != (None, None):
         raise ConfigError("max_loss and min_speedup weigh all layers against each other: use hwpq_fx.convert")
     if config.packing_format != PLAIN:
@@ -162,20 +164,21 @@ class _Conversion:
         return calls
 
     def _block(self, index: int, calls: list[list[Call]], run: Run, file: Path) -> None:
-        block, seconds, start, recorder = self.skeleton.blocks[index], {}, time.perf_counter(), None
+        block, seconds, start, seen = self.skeleton.blocks[index], {}, time.perf_counter(), None
         if calls:
-            recorder = self._observe(index, [called[index] for called in calls], run)
+            seen = self._observe(index, [called[index] for called in calls], run)
             seconds["observe"] = time.perf_counter() - start
             start = time.perf_counter()
-        flat, table, lines = self._compress(index, block, recorder)
+        flat, table, lines = self._compress(index, block, seen)
         seconds["choose and pack"] = time.perf_counter() - start
         told = {"layers": table_to_json(table), "report": Report(lines, seconds).to_dict()}
         # the next block's hidden states are there by now: where the shard is, it can be gone on from
         write(flat, file, {BLOCK: json.dumps(told)})
         run.drop_hidden(before=index + 1)
 
-    def _observe(self, index: int, calls: list[Call], run: Run) -> CalibrationRecorder:
-        """What the layers of the dense block see in all batches; what it makes of them goes to disk."""
+    def _observe(self, index: int, calls: list[Call], run: Run) -> dict[int, Statistics]:
+        """What the layers of the dense block see in all batches, by id of the parameter; what it makes of them goes to
+        disk."""
         block, device = self.skeleton.blocks[index], self.skeleton.device
         recorder = CalibrationRecorder(self.config.curvature_bytes if self.config.compensation == "cg" else 0)
         layers = [layer for layer in self._layers_in(block) if not self._reason(layer)]
@@ -186,12 +189,12 @@ class _Conversion:
                 made = run_block(block, call, run.hidden(index, number).to(device), tensors)
                 if index + 1 < len(self.skeleton.blocks):
                     run.write_hidden(index + 1, number, made)
-        return recorder
+        return recorder.uses
 
     def _compress(
-        self, index: int, block: nn.Module, recorder: CalibrationRecorder | None
+        self, index: int, block: nn.Module, seen: dict[int, Statistics] | None
     ) -> tuple[dict[str, torch.Tensor], dict[str, Stored], list[LayerReport]]:
-        """The block's shard, what its weights are, and the report's lines. Takes the statistics out of `recorder`."""
+        """The block's shard, what its weights are, and the report's lines. Takes the statistics out of `seen`."""
         tensors: dict[str, torch.Tensor] = {}
         table: dict[str, Stored] = {}
         lines = []
@@ -203,8 +206,8 @@ class _Conversion:
                 continue
             statistics: Statistics = {layer.static_use: []}
             reason = self._reason(layer)
-            if recorder is not None and not reason:
-                statistics = recorder.uses.pop(id(layer.parameter), {})
+            if seen is not None and not reason:
+                statistics = seen.pop(id(layer.parameter), {})
                 reached = any(one.rows for many in statistics.values() for one in many)
                 reason = "" if reached else "not reached"
             if reason:

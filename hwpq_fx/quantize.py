@@ -7,6 +7,7 @@ nn.Linear stay as they are. On batches without padding masks and bits are those 
 
 import logging
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -25,14 +26,19 @@ from .torchao_tensor import to_torchao
 
 logger = logging.getLogger("hwpq_fx")
 OBSERVER = "_hwpq_observer"
+_observing: "WeakSet[ModuleObserver]" = WeakSet()
 
 
 class ModuleObserver:
     """Gathers what calibration needs of one linear layer's input, as a forward pre-hook."""
 
-    def __init__(self, module: nn.Module, channels: int, device: torch.device, curvature_bytes: int):
-        curvature = CurvatureBudget(curvature_bytes).grant(channels, device) if curvature_bytes else None
+    def __init__(self, module: nn.Module, channels: int, device: torch.device, curvature_bytes: int | None):
+        # quantize_ shows one module at a time, and the bound is for all of them
+        others = [other.statistics.curvature for other in _observing]
+        taken = sum(one.nbytes for one in others if one is not None)
+        curvature = CurvatureBudget(curvature_bytes, taken).grant(channels, device)
         self.statistics = InputStatistics(channels, device, curvature)
+        _observing.add(self)
         self._hook = module.register_forward_pre_hook(self._observe, with_kwargs=True)
         self._calls = 0
 
@@ -42,6 +48,7 @@ class ModuleObserver:
 
     def remove(self) -> None:
         self._hook.remove()
+        _observing.discard(self)
 
 
 @register_quantize_module_handler(HWPQConfig)
@@ -55,6 +62,8 @@ def quantize_module(module: nn.Module, config: HWPQConfig, *, parameter_name: st
     what = f"{type(module).__name__} {'x'.join(map(str, parameter.shape))}"
     if config.targets is not None or config.ignore != list(DEFAULT_IGNORE):
         raise ConfigError("quantize_ shows no names: choose layers by its filter_fn or by FqnToConfig")
+    if config.sequential:
+        raise ConfigError("sequential needs the whole model's graph: use hwpq_fx.convert")
     if config.max_loss is not None or config.min_speedup is not None:
         raise ConfigError("max_loss and min_speedup weigh layers against each other: use hwpq_fx.convert")
     check_packing_format(config, parameter.device)

@@ -22,7 +22,8 @@ Product: TypeAlias = Callable[[Tensor], Tensor]
 Gram: TypeAlias = Tensor | Product  # X^T X [K, K], or V -> V X^T X of float32 [N, K]
 
 EPS = torch.finfo(torch.float32).eps
-CONVERGED = 2.0**-40  # of the squared residual: about what float32 can resolve
+# Of the squared slope: about what products in these can resolve. What follows is rounding, and may lead anywhere.
+CONVERGED = {torch.float32: 2.0**-40, torch.bfloat16: 2.0**-14}
 SINGULAR = 2.0**-20  # of a weight's own curvature: what is left of less beside its neighbour is rounding
 PAIRS = tuple(combinations(range(4), 2))
 
@@ -40,10 +41,10 @@ class MatrixFree:
         self.sample, self.max_bytes = sample.detach(), max_bytes
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """rows: float32 [N, K]. Returns float32 [N, K]."""
-        out = torch.zeros_like(rows)
-        for part in self._parts(max(rows.shape)):
-            out.addmm_(rows @ part.T, part)
+        """rows: [N, K], in the dtype to multiply in. Returns float32 [N, K]."""
+        out = torch.zeros(rows.shape, device=rows.device)
+        for part in self._parts(max(rows.shape), rows.dtype):
+            out += rows @ part.T @ part
         return out
 
     @property
@@ -61,9 +62,9 @@ class MatrixFree:
             out.baddbmm_(groups.mT, groups)
         return out
 
-    def _parts(self, width: int) -> Iterator[Tensor]:
+    def _parts(self, width: int, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
         for part in self.sample.split(max(1, self.max_bytes // (4 * width))):
-            yield part.float()
+            yield part.to(dtype)
 
 
 def reconstruct(
@@ -74,6 +75,7 @@ def reconstruct(
     damping: float = 1e-2,
     diagonal: Tensor | None = None,
     drift: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The kept weights that best make up for the pruned ones: float32 [N, K], zero where pruned.
 
@@ -87,42 +89,52 @@ def reconstruct(
     weight: [N, K], any float dtype; computed in float32. mask: bool [N, K], True = kept, in any pattern. gram: X^T X
     [K, K], or a function V -> V X^T X; with a function, diagonal float32 [K] is that of X^T X. drift: W (D - X)^T X
     float32 [N, K], where the outputs to aim at are those of other inputs D than X, say of the layers before as they
-    were: then ||D W^T - X W'^T||^2 is what is minimised and what does not rise.
+    were: then ||D W^T - X W'^T||^2 is what is minimised and what does not rise. dtype: of the products but the first
+    and the last, which judge: torch.bfloat16 where that multiplies faster; the solution is as exact as its rounding.
 
     Raises ValueError: shapes or dtypes that do not fit, a function without its diagonal, weights or a diagonal that
     are not finite, a negative diagonal or damping.
     """
-    problem = _problem(weight, mask, gram, damping, diagonal, drift)
-    return (_fit(problem, problem.unit, ~mask, steps).new * problem.back).float()
+    problem = _problem(weight, mask, gram, damping, diagonal, drift, dtype)
+    begin = _measured(problem, problem.unit * mask)
+    new, better = _judged(problem, begin.loss, _solve(problem, begin, mask, steps))
+    return (torch.where(better, new, problem.unit * mask) * problem.back).float()
 
 
 def refine(
     weight: Tensor,
     mask: Tensor,
     gram: Gram,
-    rounds: int = 3,
-    steps: int = 5,
+    rounds: int = 1,
+    steps: int = 10,
     damping: float = 1e-2,
     blocks: Tensor | None = None,
     drift: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """`reconstruct`, then `rounds` times `rechoose` and `reconstruct` from there: the new weight and its mask.
+    """`reconstruct` with half the steps, and as often as `rounds` says `rechoose` and more steps from there; the last
+    time all of them. The new weight float32 [N, K] and its mask, bool [N, K].
 
-    A row takes a new mask only where that lowers its loss, so that no row ends above what `reconstruct` gives for
-    `mask`. (rounds + 1) * (steps + 2) products with G in all. The arguments and errors are theirs; mask keeps two of
-    every four, and with a function blocks are needed. Returns float32 [N, K] and bool [N, K].
+    A row takes a new mask where that lowers its loss, and none ends above its weight masked by `mask`. With h the
+    half of the steps, rounded up, rounds * (h + 1) + steps + 2 products with G in all, of which two are float32
+    whatever the dtype. The arguments and errors are those of `reconstruct` and `rechoose`; mask keeps two of every
+    four, and with a function blocks are needed.
     """
     blocks = _blocks(gram, blocks, weight.shape[-1])
-    problem = _problem(weight, mask, gram, damping, _block_diagonal(blocks), drift)
+    problem = _problem(weight, mask, gram, damping, _block_diagonal(blocks), drift, dtype)
     blocks = blocks / problem.size
-    fit = _fit(problem, problem.unit, ~mask, steps)
-    for _ in range(rounds):
+    begin = _measured(problem, problem.unit * mask)
+    loss, half = begin.loss, -(-steps // 2)
+    fit, kept = _solve(problem, begin, mask, half if rounds else steps), mask
+    for left in reversed(range(rounds)):
         chosen = _best_pairs(fit, blocks)
-        other = _fit(problem, fit.new, ~chosen, steps)
+        other = _solve(problem, _pruned(problem, fit, chosen), chosen, half if left else steps)
         better = other.loss < fit.loss
-        fit = _Fit(*(torch.where(better, new, old) for new, old in zip(other, fit, strict=True)))
-        mask = torch.where(better, chosen, mask)
-    return (fit.new * problem.back).float(), mask
+        fit = _Fit(*(torch.where(better, a, b) for a, b in zip(other, fit, strict=True)))
+        kept = torch.where(better, chosen, kept)
+    new, better = _judged(problem, loss, fit)
+    new, mask = torch.where(better, new, problem.unit * mask), torch.where(better, kept, mask)
+    return (new * problem.back).float(), mask
 
 
 def reconstruction_loss(weight: Tensor, new: Tensor, gram: Gram) -> Tensor:
@@ -167,15 +179,18 @@ def rechoose(
 
 
 class _Problem(NamedTuple):
-    """At unit scale: unit [N, K] the weight, the product with G and its diagonal; back [N, 1] and size undo it."""
+    """At unit scale: unit [N, K] the weight, the product with G, exact and in the dtype that is fast, and G's diagonal;
+    back [N, 1] and size undo it; converged is a share of the squared slope to stop at."""
 
     unit: Tensor
     product: Product
+    fast: Product
     diagonal: Tensor
     shift: float
     drift: Tensor
     back: Tensor
     size: float
+    converged: float
 
 
 class _Fit(NamedTuple):
@@ -191,7 +206,13 @@ class _Fit(NamedTuple):
 
 
 def _problem(
-    weight: Tensor, mask: Tensor, gram: Gram, damping: float, diagonal: Tensor | None, drift: Tensor | None
+    weight: Tensor,
+    mask: Tensor,
+    gram: Gram,
+    damping: float,
+    diagonal: Tensor | None,
+    drift: Tensor | None,
+    dtype: torch.dtype,
 ) -> _Problem:
     _check(weight, mask)
     if mask.dtype != torch.bool:
@@ -205,70 +226,92 @@ def _problem(
     if drift is not None:
         _check(weight, drift)
     drift = _unit_drift(drift, back, size)
-    return _Problem(unit, product, diagonal, damping * float(diagonal.mean()), drift, back, size)
-
-
-def _fit(problem: _Problem, start: Tensor, pruned: Tensor, steps: int) -> _Fit:
-    begin = _measured(problem, start.masked_fill(pruned, 0))
-    rhs = begin.slope.add(begin.new - problem.unit, alpha=problem.shift).neg_().masked_fill_(pruned, 0)
-    end = _measured(problem, begin.new + _solve(problem, rhs, pruned, steps))
-    # From the weight itself no iterate is above the start: the damped loss falls with every step and is the undamped
-    # one plus what was moved. So the last is kept, and this is for rounding; from elsewhere damping may want more.
-    better = end.loss <= begin.loss
-    return _Fit(*(torch.where(better, new, old) for new, old in zip(end, begin, strict=True)))
+    fast = product if dtype == torch.float32 else _fast_product(gram, size, dtype)
+    shift = damping * float(diagonal.mean())
+    return _Problem(unit, product, fast, diagonal, shift, drift, back, size, CONVERGED[dtype])
 
 
 def _measured(problem: _Problem, new: Tensor) -> _Fit:
     error = new - problem.unit
     slope = problem.product(error).sub_(problem.drift)
-    return _Fit(new, slope, _dot(error, slope - problem.drift, torch.float64))
+    return _Fit(new, slope, _loss(problem, error, slope))
 
 
-def _solve(problem: _Problem, rhs: Tensor, pruned: Tensor, steps: int) -> Tensor:
-    """x [N, K], zero where pruned, with x (G + shift I) = rhs elsewhere; uses rhs up. A row that stalls stays put."""
+def _loss(problem: _Problem, error: Tensor, slope: Tensor) -> Tensor:
+    return _dot(error, slope - problem.drift, torch.float64)
+
+
+def _judged(problem: _Problem, loss: Tensor, end: _Fit) -> tuple[Tensor, Tensor]:
+    """The end, and the rows, bool [N, 1], that are no worse there by an exact product than the loss they began with."""
+    # In exact arithmetic all are: the damped loss falls with every step and is the undamped one plus what was moved.
+    return end.new, _measured(problem, end.new).loss <= loss
+
+
+def _pruned(problem: _Problem, fit: _Fit, kept: Tensor) -> _Fit:
+    """Where to start from with another mask; the loss is still that of `fit`."""
+    new = fit.new * kept
+    return _Fit(new, fit.slope + problem.fast(new - fit.new), fit.loss)
+
+
+def _solve(problem: _Problem, start: _Fit, kept: Tensor, steps: int) -> _Fit:
+    """Conjugate gradients over the kept weights, from a start that is zero elsewhere and is used up. A row that stalls
+    stays put.
+
+    The slope follows from the products that are made anyway, so it can be read where nothing is kept as well.
+    """
+    new, slope = start.new, start.slope.add_(start.new - problem.unit, alpha=problem.shift)
     scale = problem.diagonal + problem.shift
-    inverse = torch.where(scale > 0, 1 / scale, 0)
-    x, residual = torch.zeros_like(rhs), rhs
-    direction = residual * inverse
-    size = _dot(residual, direction)
-    enough = size * CONVERGED
+    inverse = torch.where(scale > 0, -1 / scale, 0) * kept
+    direction = slope * inverse
+    size = -_dot(slope, direction)
+    enough, span, going = size * problem.converged, size, torch.ones_like(size, dtype=torch.bool)
     for _ in range(steps):
-        curved = problem.product(direction).add_(direction, alpha=problem.shift).masked_fill_(pruned, 0)
+        curved = problem.fast(direction).add_(direction, alpha=problem.shift)
         curvature = _dot(direction, curved)
         # Next to the diagonal's share a curvature this small is rounding, and the step would be enormous.
-        going = (size > enough) & (curvature > EPS * _dot(direction * scale, direction))
+        going &= (size > enough) & (curvature > EPS * span)
         if not bool(going.any()):
             break
         step = torch.where(going, size / curvature, 0)
-        x.addcmul_(direction, step)
-        residual.addcmul_(curved, step, value=-1)
-        preconditioned = residual * inverse
-        old, size = size, _dot(residual, preconditioned)
-        # A row without direction has no curvature: it does not start again.
-        direction = direction.mul_(size / old).add_(preconditioned).masked_fill_(~going, 0)
-    return x
+        new.addcmul_(direction, step)
+        slope.addcmul_(curved, step)
+        downhill = slope * inverse
+        old, size = size, -_dot(slope, downhill)
+        turn = torch.where(going, size / old, 0)
+        direction.mul_(turn).add_(downhill)
+        # direction . scale . direction: what is downhill now is orthogonal to the directions before
+        span = size + turn.square() * span
+    error = new - problem.unit
+    slope.sub_(error, alpha=problem.shift)
+    return _Fit(new, slope, _loss(problem, error, slope))
 
 
 def _best_pairs(fit: _Fit, blocks: Tensor) -> Tensor:
-    pull = torch.einsum("ngi,gij->ngj", _groups(fit.new), blocks).sub_(_groups(fit.slope))
-    gain = _pair_gain(pull, blocks, *PAIRS[0])
-    choice = torch.zeros_like(gain, dtype=torch.uint8)
-    for index, pair in enumerate(PAIRS[1:], start=1):
-        other = _pair_gain(pull, blocks, *pair)
-        choice.masked_fill_(other > gain, index)
-        gain = torch.maximum(gain, other)
-    patterns = torch.tensor([[i in pair for i in range(4)] for pair in PAIRS], device=pull.device)
-    return patterns[choice.int()].reshape(fit.new.shape)
+    """The pair of each four with the largest h_p B_p^-1 h_p^T, by elimination; duplicate channels count once."""
+    curvature = blocks.permute(1, 2, 0)  # [4, 4, K/4]
+    diagonal = torch.stack([curvature[i, i] for i in range(4)])
+    inverse = torch.where(diagonal > 0, 1 / diagonal, 0)
+    new, pull = _planes(fit.new), _planes(fit.slope).neg_()
+    for i in range(4):
+        for j in range(4):
+            pull[j].addcmul_(new[i], curvature[i, j])
+    alone = pull.square().mul_(inverse[:, None])
+    best = torch.full_like(alone[0], -1.0)
+    choice = torch.zeros_like(best, dtype=torch.uint8)
+    for i, j in PAIRS:
+        ratio = curvature[i, j] * inverse[i]
+        rest = diagonal[j] - ratio * curvature[i, j]
+        inverse_rest = torch.where(rest > SINGULAR * diagonal[j], 1 / rest, 0)
+        gain = torch.addcmul(pull[j], pull[i], -ratio).square_().mul_(inverse_rest).add_(alone[i])
+        choice = torch.where(gain > best, 1 << i | 1 << j, choice)
+        best = torch.maximum(best, gain)
+    places = torch.tensor([1, 2, 4, 8], dtype=torch.uint8, device=choice.device)
+    return (choice[..., None] & places).ne(0).view(fit.new.shape)
 
 
-def _pair_gain(pull: Tensor, blocks: Tensor, i: int, j: int) -> Tensor:
-    """h_p B_p^-1 h_p^T of the pair (i, j) of every group by elimination: [N, K/4]. Duplicate channels count once."""
-    a, b, c = blocks[:, i, i], blocks[:, i, j], blocks[:, j, j]
-    ratio = torch.where(a > 0, b / a, 0)
-    rest = c - ratio * b
-    first = torch.where(a > 0, pull[..., i].square() / a, 0)
-    second = torch.where(rest > SINGULAR * c, (pull[..., j] - pull[..., i] * ratio).square_() / rest, 0)
-    return first + second
+def _planes(x: Tensor) -> Tensor:
+    """[N, K] as [4, N, K/4]."""
+    return x.view(x.shape[0], -1, 4).permute(2, 0, 1).contiguous()
 
 
 def _unit_product(gram: Gram, diagonal: Tensor | None) -> tuple[Product, float]:
@@ -280,6 +323,14 @@ def _unit_product(gram: Gram, diagonal: Tensor | None) -> tuple[Product, float]:
         matrix = gram.detach().float()
         return lambda rows: (rows @ matrix).div_(size), size
     return lambda rows: gram(rows) / size, size
+
+
+def _fast_product(gram: Gram, size: float, dtype: torch.dtype) -> Product:
+    """The product with G / size, with factors and result rounded to `dtype`."""
+    if isinstance(gram, Tensor):
+        matrix = gram.detach().to(dtype).div_(size)
+        return lambda rows: (rows.to(dtype) @ matrix).float()
+    return lambda rows: gram(rows.to(dtype)).float().div_(size)
 
 
 def _unit_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -333,7 +384,3 @@ def _check(weight: Tensor, other: Tensor) -> None:
 
 def _dot(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return (a * b).sum(1, keepdim=True, dtype=dtype)
-
-
-def _groups(x: Tensor) -> Tensor:
-    return x.view(x.shape[0], -1, 4)

@@ -14,7 +14,7 @@ from hwpq_fx.kernels.roofline import packed_bytes
 
 from .compress import cannot_compress, shape_of
 from .config import HWPQConfig
-from .curvature import CurvatureBudget, GramMatrix
+from .curvature import CurvatureBudget
 from .errors import ModelError
 from .layers import STACKED, check_patterns, layers_of, left_out, stacked_of
 
@@ -114,10 +114,7 @@ def dry_run(source: str, config: HWPQConfig) -> DryRun:
         size = size or rows * cols + 4 * rows
         curvature = budget.grant(cols, torch.device("meta"))
         statistics += 8 * cols
-        if isinstance(curvature, GramMatrix):
-            statistics += curvature.matrix.nbytes
-        elif curvature is not None:
-            statistics += 4 * cols * curvature.capacity
+        statistics += curvature.nbytes if curvature is not None else 0
         found.append(LayerSize(layer.name, (rows, cols), status, "", dense, size))
     for name, parameter in stacked_of(model):
         found.append(LayerSize(name, tuple(parameter.shape), "dense", STACKED, parameter.nbytes, parameter.nbytes))

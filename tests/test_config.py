@@ -12,14 +12,15 @@ OTHER = {
     "targets": ["mlp.up_proj", "re:.*q_proj"],
     "ignore": [],
     "sparsity": 0.7,
-    "saliency": "relative",
+    "saliency": "magnitude",
     "selection": "exact",
     "mean_rate": 0.25,
     "dev_rate": 0.5,
     "lam": -1,
-    "compensation": "none",
+    "compensation": "energy",
     "cg_steps": 20,
     "cg_rounds": 0,
+    "sequential": True,
     "curvature_bytes": 0,
     "activation": "none",
     "layout": "packed",
@@ -38,15 +39,16 @@ def test_defaults():
         "targets": None,
         "ignore": ["lm_head"],
         "sparsity": "2:4",
-        "saliency": "contribution",
+        "saliency": "relative",
         "selection": "ewma",
         "mean_rate": 1 / 8,
         "dev_rate": 1 / 4,
         "lam": -0.5,
-        "compensation": "energy",
-        "cg_steps": 5,
-        "cg_rounds": 3,
-        "curvature_bytes": 4 * 2**30,
+        "compensation": "cg",
+        "cg_steps": 10,
+        "cg_rounds": 1,
+        "sequential": False,
+        "curvature_bytes": None,
         "activation": "dynamic",
         "layout": "fastest",
         "packing_format": "plain",
@@ -63,7 +65,9 @@ def test_every_field_is_covered_here():
     assert set(OTHER) == {field.name for field in dataclasses.fields(HWPQConfig)}
 
 
-@pytest.mark.parametrize("config", [HWPQConfig(), HWPQConfig(**OTHER)], ids=["default", "other"])
+@pytest.mark.parametrize(
+    "config", [HWPQConfig(), HWPQConfig(**OTHER | {"compensation": "cg"})], ids=["default", "other"]
+)
 def test_json_round_trip_through_torchao(config):
     text = json.dumps(config_to_dict(config))
     back = config_from_dict(json.loads(text))
@@ -109,6 +113,7 @@ def test_fields_reach_json_one_by_one(name):
         ("cg_rounds", True, "cg_rounds True"),
         ("curvature_bytes", -1, "curvature_bytes -1"),
         ("curvature_bytes", "4 GB", "curvature_bytes '4 GB'"),
+        ("sequential", 1, "sequential 1 is neither True nor False"),
         ("step", "go", "step 'go' is not known; choose one of None, 'prepare', 'convert', 'prepare_for_loading'"),
         ("max_loss", -0.1, "max_loss -0.1 is neither None nor a number of at least 0"),
         ("max_loss", True, "max_loss True"),
@@ -159,3 +164,8 @@ def test_patterns_become_a_list_of_our_own():
     assert config.targets == ["b", "re:c"]
     given.append("d")
     assert config.ignore == ["a"]
+
+
+def test_sequential_needs_something_to_fit():
+    with pytest.raises(ConfigError, match="sequential is for compensation \"cg\", not 'energy'"):
+        HWPQConfig(sequential=True, compensation="energy")

@@ -112,3 +112,23 @@ def test_data_free_falls_back_and_says_so():
 def test_config_names_the_field(name, value):
     with pytest.raises(ConfigError, match=name):
         HWPQConfig(**{name: value})
+
+
+def test_the_bound_is_for_each_device_and_counts_what_others_hold():
+    budget = CurvatureBudget(4 * 512 * 512)
+    assert budget.grant(512, CPU) is not None and budget.grant(512, CPU) is None
+    assert isinstance(budget.grant(512, torch.device("meta")), GramMatrix)
+    assert CurvatureBudget(4 * 512 * 512, taken=4).grant(512, CPU).nbytes < 4 * 512 * 512
+    assert isinstance(CurvatureBudget(None).grant(512, CPU), GramMatrix)
+    assert CurvatureBudget(None, taken=4 * 2**30).grant(512, CPU) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_gram_on_a_gpu(dtype):
+    rows = torch.randn(1000, 64, device="cuda").to(dtype)
+    gram = CurvatureBudget(None).grant(64, rows.device)
+    for part in rows.split(300):
+        gram.update(part)
+    torch.testing.assert_close(gram.matrix.double(), rows.double().T @ rows.double(), rtol=1e-4, atol=1e-2)

@@ -219,7 +219,7 @@ def test_only_the_same_run_is_resumed(dense, unfinished, tmp_path):
     assert not out.exists()
     with pytest.raises(FileExistsError, match="resume it"):
         compress_checkpoint(dense, out, batches)
-    with pytest.raises(CheckpointError, match=r"different are config.cg_steps \(5 then, 7 now\)"):
+    with pytest.raises(CheckpointError, match=r"different are config.cg_steps \(10 then, 7 now\)"):
         compress_checkpoint(dense, out, batches, HWPQConfig(cg_steps=7), resume=True)
     other = [batches[0], {**batches[1], "input_ids": batches[1]["input_ids"] + 1}]
     with pytest.raises(CheckpointError, match=r"different are batches\.1;"):
@@ -338,7 +338,7 @@ def test_memory_is_that_of_a_block(dtype, compensation, tmp_path):
     assert 0.9 < ratio < 1.3  # below, and it is not the memory that was measured
 
 
-@pytest.mark.parametrize("config", [HWPQConfig(), HWPQConfig(compensation="cg"), HWPQConfig(sparsity=0.5)])
+@pytest.mark.parametrize("config", [HWPQConfig(compensation="energy"), HWPQConfig(), HWPQConfig(sparsity=0.5)])
 def test_a_weight_in_parts_is_the_weight_in_one(monkeypatch, config):
     def made():
         torch.manual_seed(0)
@@ -356,4 +356,4 @@ def test_a_weight_in_parts_is_the_weight_in_one(monkeypatch, config):
             pytest.approx(other.settled),
             other.packed_bytes,
         )
-        assert one.error == pytest.approx(other.error, rel=0.02)
+        assert one.error == pytest.approx(other.error, rel=0.05)

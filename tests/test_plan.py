@@ -138,7 +138,7 @@ def kinds(model):
 
 def test_plan_leaves_the_model_and_convert_follows_it(model):
     before = copy.deepcopy(model.state_dict())
-    made = hwpq_fx.plan(model, BATCHES, HWPQConfig(max_loss=0.5))
+    made = hwpq_fx.plan(model, BATCHES, HWPQConfig(max_loss=0.5, compensation="energy"))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert {layer.name for layer in made.layers} == {"up", "gate", "down", "narrow"}
     assert made.error <= 0.5
@@ -148,7 +148,7 @@ def test_plan_leaves_the_model_and_convert_follows_it(model):
     assert by_name["up"].microseconds[SPARSE] < by_name["up"].microseconds[DENSE]
     by_name["up"].status, by_name["gate"].status = SPARSE, FP8
     by_name["down"].status = by_name["narrow"].status = DENSE
-    convert(model, BATCHES, plan=made)
+    convert(model, BATCHES, HWPQConfig(compensation="energy"), plan=made)
     assert kinds(model) == {
         "up": "Float8Sparse24Tensor", "gate": "Float8Tensor", "down": "Parameter", "narrow": "Parameter",
     }  # fmt: skip
@@ -231,7 +231,7 @@ def test_plan_that_does_not_fit(model, case):
     changed, message = WRONG[case]
     made = changed(hwpq_fx.plan(model, BATCHES))
     with pytest.raises(ConfigError, match=message):
-        convert(model, BATCHES, plan=made)
+        convert(model, BATCHES, HWPQConfig(compensation="energy"), plan=made)
     assert set(kinds(model).values()) == {"Parameter"}
 
 
@@ -239,7 +239,7 @@ def test_nothing_left(model):
     made = hwpq_fx.plan(model, BATCHES, HWPQConfig(max_loss=0))
     assert made.speedup == 1
     with pytest.raises(ModelError, match="leaves every layer dense"):
-        convert(model, BATCHES, plan=made)
+        convert(model, BATCHES, HWPQConfig(compensation="energy"), plan=made)
     hwpq_fx.prepare(model)
     with pytest.raises(ModelError, match="prepared"):
         hwpq_fx.plan(model, BATCHES)

