@@ -4,7 +4,7 @@ benchmarks/results/accuracy.json and, with matplotlib, accuracy.svg; `--plot` dr
 The model is that of small_llama.py; every linear layer but the head is pruned to 2:4 and packed, activations become
 FP8 too. All methods see the same X^T X of the same calibration rows, gathered on the dense model; what is timed is
 choosing and compensating, not gathering, on the same threads. "in order" is the library's own call with
-sequential=True, and its time is of all that comes after the first pass over the batches. Three seeds draw the
+sequential=True; its time leaves out the runs of the model in between. Three seeds draw the
 calibration sequences. KL is that of the next-token distributions to the dense model's, in nats: it has less noise than
 perplexity, which also tells how well the dense model was calibrated.
 """
@@ -37,7 +37,7 @@ Batches = Sequence[dict[str, Any]]
 
 
 def in_order(model: nn.Module, calib: Batches) -> tuple[nn.Module, float]:
-    """A copy converted layer after layer, and the seconds that took once the dense model had been observed."""
+    """A copy converted layer after layer, and the seconds that choosing, compensating and packing took."""
     model = hwpq_fx.convert(copy.deepcopy(model), calib, hwpq_fx.HWPQConfig(sequential=True))
     return plain(model), hwpq_fx.report(model).seconds["choose and pack"]
 
@@ -108,8 +108,13 @@ def measure(
 
 
 def summary(values: list[float]) -> dict[str, float]:
-    """Mean and spread over the seeds."""
-    return {"mean": statistics.mean(values), "low": min(values), "high": max(values)}
+    """Mean, median and spread over the seeds."""
+    return {
+        "mean": statistics.mean(values),
+        "median": statistics.median(values),
+        "low": min(values),
+        "high": max(values),
+    }
 
 
 def plot(result: dict[str, Any], file: Path) -> None:
@@ -135,7 +140,7 @@ def write(small: SmallLlama, seeds: list[dict[str, dict[str, float]]], dense: di
     for row in methods.values():
         row["gap"] = row["perplexity"]["mean"] - dense["dense"]
     result = {
-        "what": "perplexity on held-out sources, gap: above the dense model's; KL in nats; mean, low, high over seeds",
+        "what": "held-out perplexity, gap above the dense model's, KL in nats; mean, median, low, high over seeds",
         "seeds": len(seeds),
         "model": {
             "parameters": sum(parameter.numel() for parameter in small.model.parameters()),

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -11,22 +11,27 @@ from rich.progress import Progress
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 
-from hwpq_fx.passes import observe
+from hwpq_fx.passes import observe, stages
 from hwpq_fx.passes.dynamo import Observation, mark_varying, unwrap
 
 from .errors import CalibrationError
 from .layers import layers_of
+from .recording import Recording
 from .statistics import CalibrationRecorder
 
 T = TypeVar("T")
 
 
 class Calibration:
-    """While it stands, every call of the model is observed. `remove()` ends it and restores the model."""
+    """While it stands, every call of the model is observed. `remove()` ends it and restores the model.
 
-    def __init__(self, model: Any, curvature_bytes: int = 0):
+    sequential: record the graphs that run, and gather no curvature meanwhile.
+    """
+
+    def __init__(self, model: Any, curvature_bytes: int | None = 0, sequential: bool = False):
         self.model = model
-        self.recorder = CalibrationRecorder(curvature_bytes)
+        self.recorder = CalibrationRecorder(0 if sequential else curvature_bytes)
+        self.recording = Recording(self.recorder, curvature_bytes) if sequential else None
         module = unwrap(model)
         self._signature = inspect.signature(module.forward)
         owners = {layer.owner: None for layer in layers_of(module) if layer.static_use}
@@ -42,12 +47,15 @@ class Calibration:
 
     def _backend(self, gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         observed = observe(gm, self.recorder)
+        recording = self.recording
+        staged = stages(observed) if recording and not recording.ended else None
         forward = observed.gm.forward  # a GraphModule that is called itself prints what goes wrong in it
 
         def run(*args: Any) -> Any:
             for place, reason in observed.blocked.items():
                 self.recorder.block(args[place], reason)
-            return forward(*args)
+            with recording.of(staged, args) if recording and staged else nullcontext():
+                return forward(*args)
 
         # eagerly: compiling for a handful of batches costs more than it saves
         return run

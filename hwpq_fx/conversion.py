@@ -32,6 +32,7 @@ from .config import HWPQConfig
 from .distributed import reduce_statistics
 from .errors import CalibrationError, ConfigError, ModelError
 from .layers import Layer, check_convertible, check_patterns, is_target, layers_of, left_out, put
+from .lockstep import compress_in_order
 from .plan import (
     DEFAULT_GPU,
     DENSE,
@@ -112,6 +113,8 @@ def convert(
             raise ModelError("a prepared model has its config already: give it to prepare(), not to convert()")
         else:
             _checked(module, prepared.config)
+        if group is not None and prepared.config.sequential:
+            raise ConfigError("sequential is for one process: the layers are converted where all batches are")
         if prepared.calibration is not None:
             _calibrate(prepared.calibration, prepared, calib, progress)
             if group is not None:
@@ -141,7 +144,7 @@ def convert(
 
 
 def _calibration(model: Any, config: HWPQConfig) -> Calibration:
-    return Calibration(model, config.curvature_bytes if config.compensation == "cg" else 0)
+    return Calibration(model, config.curvature_bytes if config.compensation == "cg" else 0, config.sequential)
 
 
 def _module_of(model: Any) -> nn.Module:
@@ -198,7 +201,7 @@ def plan(
     module = _module_of(model)
     if PREPARED in module.__dict__:
         raise ModelError("the model is prepared for convert(): plan() runs its own batches, on a model that is not")
-    prepared = _Prepared(_checked(module, config), None)
+    prepared = _Prepared(replace(_checked(module, config), sequential=False), None)
     if calib is not None:
         prepared.calibration = _calibration(model, prepared.config)
     try:
@@ -253,32 +256,45 @@ def _compress_all(
     module: nn.Module, prepared: _Prepared, progress: bool, plan: Plan | None
 ) -> tuple[list[tuple[Layer, torch.Tensor]], Report]:
     """Choose and pack every layer without touching the model: the new weights, and what the report says."""
-    config = prepared.config
-    report, chosen = Report(seconds=prepared.seconds), []
+    config, calibration = prepared.config, prepared.calibration
+    recording = calibration.recording if calibration else None
     sparse: dict[str, Compressed] = {}
+    bounded = plan is None and (config.max_loss is not None or config.min_speedup is not None)
+    if bounded and recording and recording.runs:
+        with prepared.timed("observe"):
+            recording.replay()
     candidates, lines = _candidates(module, prepared)
-    if plan is None and (config.max_loss is not None or config.min_speedup is not None):
+    if bounded:
         with prepared.timed("plan"):
             plan, sparse = _planned(candidates, config, DEFAULT_GPU, progress)
     wanted = _wanted(plan, candidates)
-    with prepared.timed("choose and pack"), tracked(candidates, "choose and pack", progress) as steps:
-        for layer, statistics in steps:
-            status, reason = wanted.get(layer.name, (SPARSE, ""))
-            if status == DENSE:
-                lines.append(dense_line(layer, statistics, reason))
-                continue
-            how = compress if status == SPARSE else compress_fp8
-            made = sparse.get(layer.name) if status == SPARSE else None
-            made = made or how(layer.name, layer.parameter, statistics, config)
-            chosen.append((layer, made))
-            lines.append(made.line)
-    order = {layer.name: place for place, layer in enumerate(layers_of(module))}
-    report.layers = sorted(lines, key=lambda line: order.get(line.name, len(order)))
+    chosen = []
+    for layer, statistics in candidates:
+        status, reason = wanted.get(layer.name, (SPARSE, ""))
+        if status == DENSE:
+            lines.append(dense_line(layer, statistics, reason))
+        else:
+            chosen.append((layer, statistics, status))
     if not chosen:
         raise ModelError("the plan leaves every layer dense: there is nothing to convert")
+    if calibration and recording and recording.runs:
+        calibration.recorder.drop_curvature()
+        statuses = {id(layer.parameter): (layer, status) for layer, _, status in chosen}
+        made = compress_in_order(recording.runs, statuses, config, prepared.timed, progress)
+    else:
+        made = {}
+        with prepared.timed("choose and pack"), tracked(chosen, "choose and pack", progress) as steps:
+            for layer, statistics, status in steps:
+                how = compress if status == SPARSE else compress_fp8
+                new = sparse.get(layer.name) if status == SPARSE else None
+                made[layer.name] = new or how(layer.name, layer.parameter, statistics, config)
+    lines += [new.line for new in made.values()]
+    order = {layer.name: place for place, layer in enumerate(layers_of(module))}
+    report = Report(sorted(lines, key=lambda line: order.get(line.name, len(order))), prepared.seconds)
     with prepared.timed("lay out"):
-        siblings = prepared.calibration.recorder.siblings() if prepared.calibration else set()
-        return [(layer, fast(made, config, id(layer.parameter) in siblings)) for layer, made in chosen], report
+        siblings = calibration.recorder.siblings() if calibration else set()
+        new_weights = [(one, fast(made[one.name], config, id(one.parameter) in siblings)) for one, _, _ in chosen]
+    return new_weights, report
 
 
 def _wanted(plan: Plan | None, candidates: list[tuple[Layer, Statistics]]) -> dict[str, tuple[str, str]]:

@@ -12,6 +12,15 @@ SAMPLE_ROWS = 4096
 CPU_BYTES = 4 * 2**30
 
 
+def add_product(matrix: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """matrix [N, K] float32 += left^T right, of [R, N] and [R, K] in one floating dtype."""
+    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+        # tensor cores multiply these exactly, and add in float32
+        matrix += torch.mm(left.T, right, out_dtype=torch.float32)
+    else:
+        matrix.addmm_(left.T.float(), right.float())
+
+
 class GramMatrix:
     """X^T X, float32 [K, K]."""
 
@@ -24,12 +33,7 @@ class GramMatrix:
 
     def update(self, rows: torch.Tensor) -> None:
         """Add rows [R, K], any floating dtype."""
-        if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16):
-            # tensor cores multiply these exactly, and add in float32
-            self.matrix += torch.mm(rows.T, rows, out_dtype=torch.float32)
-        else:
-            rows = rows.float()
-            self.matrix.addmm_(rows.T, rows)
+        add_product(self.matrix, rows, rows)
 
 
 class RowSample:

@@ -32,12 +32,15 @@ _observing: "WeakSet[ModuleObserver]" = WeakSet()
 class ModuleObserver:
     """Gathers what calibration needs of one linear layer's input, as a forward pre-hook."""
 
+    nbytes: int
+    """Of its curvature."""
+
     def __init__(self, module: nn.Module, channels: int, device: torch.device, curvature_bytes: int | None):
         # quantize_ shows one module at a time, and the bound is for all of them
-        others = [other.statistics.curvature for other in _observing]
-        taken = sum(one.nbytes for one in others if one is not None)
+        taken = sum(other.nbytes for other in _observing)
         curvature = CurvatureBudget(curvature_bytes, taken).grant(channels, device)
         self.statistics = InputStatistics(channels, device, curvature)
+        self.nbytes = curvature.nbytes if curvature is not None else 0
         _observing.add(self)
         self._hook = module.register_forward_pre_hook(self._observe, with_kwargs=True)
         self._calls = 0

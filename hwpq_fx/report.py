@@ -44,7 +44,8 @@ class LayerReport:
     activations not. With "cg" from X^T X or the sampled rows, else from the sums of squares alone: what it would be
     were the input channels uncorrelated. Do not compare the one with the other."""
     compensation: str = ""
-    """What was done for the pruned weights: "none", "energy", "cg, X^T X" or "cg, 4096 rows"."""
+    """What was done for the pruned weights: "none", "energy", "cg, X^T X", "cg, 4096 rows", or with
+    sequential "cg, in order, X^T X"."""
     dense_bytes: int = 0
     packed_bytes: int = 0
     """What is saved: values, indices, scales."""

@@ -1,6 +1,6 @@
 """What calibration gathers: per channel, the sum of the squared inputs of every product."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,9 +34,7 @@ class InputStatistics:
 
         `bad_call` becomes `call` where these rows hold NaN or Inf, or values whose squares overflow.
         """
-        rows = x.detach().reshape(x.shape[:-1].numel(), x.shape[-1])
-        if keep is not None:
-            rows = rows[keep]
+        rows = kept_rows(x, keep)
         # one pass without a temporary, converting on the way
         norm = torch.linalg.vector_norm(rows, dim=0, dtype=torch.promote_types(rows.dtype, torch.float32))
         self.total += norm.double().square()
@@ -47,27 +45,48 @@ class InputStatistics:
             self.curvature.update(rows)
 
 
+def kept_rows(x: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
+    """`x` [..., K] as [R, K]; `keep` bool [rows] leaves out the others."""
+    rows = x.detach().reshape(x.shape[:-1].numel(), x.shape[-1])
+    return rows if keep is None else rows[keep]
+
+
+class Call(NamedTuple):
+    """A call of the model: which one, and where it came with padding, which tokens are none: `keep`, bool [tokens] for
+    a mask of `mask_shape`."""
+
+    number: int = -1
+    keep: torch.Tensor | None = None
+    mask_shape: torch.Size | None = None
+
+    def rows_to_keep(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Of an input [..., K]: bool [rows], or None where all of them count."""
+        if self.keep is None:
+            return None
+        per_token = x.shape[:-1] == self.mask_shape or (x.dim() == 2 and x.shape[0] == self.keep.numel())
+        return self.keep.to(x.device) if per_token else None
+
+
 class CalibrationRecorder:
     """Receives what the observer nodes see (`passes.Recorder`), by parameter. Up to `curvature_bytes` go into what
     conjugate gradients need besides."""
 
-    def __init__(self, curvature_bytes: int = 0) -> None:
+    def __init__(self, curvature_bytes: int | None = 0) -> None:
         self._budget = CurvatureBudget(curvature_bytes)
         self.calls = 0
         self.uses: dict[int, dict[Use, list[InputStatistics]]] = {}
         self.blocked: dict[int, str] = {}
         self._inputs: dict[Any, InputStatistics] = {}
-        self._keep: torch.Tensor | None = None
-        self._mask_shape: torch.Size | None = None
+        self.call = Call()
 
     def begin_call(self, attention_mask: Any) -> None:
         """A new call of the model. Rows where a 2-D mask is 0 are padding and do not count."""
         self.calls += 1
-        self._keep = self._mask_shape = None
+        self.call = Call(self.calls - 1)
         if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
             keep = attention_mask.detach().flatten() != 0
             if not bool(keep.all()):
-                self._keep, self._mask_shape = keep, attention_mask.shape
+                self.call = Call(self.calls - 1, keep, attention_mask.shape)
 
     def observe(self, x: torch.Tensor, weights: tuple[torch.Tensor, ...], uses: tuple[Use, ...]) -> None:
         """Add an input that all these weights multiply."""
@@ -79,7 +98,18 @@ class CalibrationRecorder:
             statistics = self._inputs[key] = InputStatistics(x.shape[-1], x.device, curvature)
             for weight, use in zip(weights, uses, strict=True):
                 self.uses.setdefault(id(weight), {}).setdefault(use, []).append(statistics)
-        statistics.update(x, self._rows_to_keep(x), self.calls - 1)
+        statistics.update(x, self.call.rows_to_keep(x), self.call.number)
+
+    def restart(self, curvature_bytes: int | None) -> None:
+        """Forget all inputs, for the same calls to be observed once more."""
+        self._budget = CurvatureBudget(curvature_bytes)
+        self.uses.clear()
+        self._inputs.clear()
+
+    def drop_curvature(self) -> None:
+        """Free what conjugate gradients would need."""
+        for statistics in self._inputs.values():
+            statistics.curvature = None
 
     def siblings(self) -> set[int]:
         """Ids of the parameters that share an input with another one: the merge pass runs these as one product."""
@@ -89,9 +119,3 @@ class CalibrationRecorder:
     def block(self, weight: torch.Tensor, reason: str) -> None:
         """No observer can speak for this parameter."""
         self.blocked[id(weight)] = reason
-
-    def _rows_to_keep(self, x: torch.Tensor) -> torch.Tensor | None:
-        if self._keep is None or self._mask_shape is None:
-            return None
-        per_token = x.shape[:-1] == self._mask_shape or (x.dim() == 2 and x.shape[0] == self._keep.numel())
-        return self._keep.to(x.device) if per_token else None

@@ -5,6 +5,7 @@ from .inline import inline_attention
 from .lower import lower
 from .merge import Siblings, merge, merged_of
 from .observe import Observed, Recorder, Use, observe
+from .stages import Stage, Staged, Steps, stages
 
 __all__ = [
     "PASSES",
@@ -12,6 +13,9 @@ __all__ = [
     "Observed",
     "Recorder",
     "Siblings",
+    "Stage",
+    "Staged",
+    "Steps",
     "Use",
     "hwpq",
     "inline_attention",
@@ -20,4 +24,5 @@ __all__ = [
     "merged_of",
     "observe",
     "rewrite",
+    "stages",
 ]

@@ -5,12 +5,13 @@ None of it is public in torch. Each function names what it relies on; tried on t
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable, Iterator
 from types import CodeType, MethodType
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._dynamo import convert_frame, pgo, trace_rules
 from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
 from torch._dynamo.external_utils import wrap_inline
@@ -133,13 +134,21 @@ class Observation:
         observe: Callable[..., Any],
         before_call: Callable[[tuple[Any, ...], dict[str, Any]], None],
     ):
-        self.model, self.module = model, unwrap(model)
+        self.model, self.module, self.observe = model, unwrap(model), observe
         self.codes: list[CodeType] = []
         self.had = {name: self.module.__dict__.get(name) for name in ("_compiled_call_impl", "forward")}
         self.had_wrapper_forward = model.__dict__.get("forward")
         # under another observation, its own forward: what is explained while prepared is not calibration
         forward = getattr(self.module.forward, OBSERVED, self.module.forward)
-        compiled = torch.compile(wrap_inline(forward) if _needs_frame(forward) else forward, backend=observe)
+        # Dynamo keeps every backend it has met, and what was gathered must not outlive this
+        this = weakref.ref(self)
+
+        def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+            standing = this()
+            assert standing is not None, "its code went when it was removed"
+            return standing.observe(gm, example_inputs)
+
+        compiled = torch.compile(wrap_inline(forward) if _needs_frame(forward) else forward, backend=backend)
 
         # Dynamo passes over `_compiled_call_impl` where it inlines a module, but never over its forward: so a model
         # that is compiled once more, or called inside a compiled function, is observed too.

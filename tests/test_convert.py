@@ -1,8 +1,10 @@
 """`convert`, `prepare` and `report`: every way in, what stays compiled and how, what is left alone and why."""
 
 import copy
+import gc
 import io
 import json
+import weakref
 from collections import UserDict
 
 import pytest
@@ -15,6 +17,8 @@ from transformers import BatchEncoding
 
 import hwpq_fx
 from hwpq_fx import Float8Sparse24Tensor, HWPQConfig, ModelError, convert, prepare, report
+from hwpq_fx.calibration import Calibration
+from hwpq_fx.curvature import GramMatrix
 from hwpq_fx.float8 import rowwise_on_cpu
 from hwpq_fx.passes.dynamo import unwrap
 from models import CrossAttention, call, encoder, gpt2, llama, mlp, qwen3, tokens, vectors
@@ -479,6 +483,30 @@ def test_bfloat16_models_stay_bfloat16():
     error = (model(x) - dense(x)).float().norm() / dense(x).float().norm()
     assert 0.05 < error < 0.6
     assert [line.dense_bytes for line in report(model).layers] == [128 * 64 * 2, 64 * 128 * 2]
+
+
+class TestMemory:
+    def alive(self):
+        gc.collect()
+        return [one for one in gc.get_objects() if type(one) in (Calibration, GramMatrix)]
+
+    @pytest.mark.parametrize("sequential", [False, True])
+    @pytest.mark.parametrize("backend", [None, "eager"])
+    def test_nothing_of_calibration_stays(self, backend, sequential):
+        before = self.alive()  # of other tests, which pytest may hold on to
+        model = llama()
+        dense = [weakref.ref(parameter) for name, parameter in model.named_parameters() if "proj" in name]
+        module = weakref.ref(model)
+        model = torch.compile(model, backend=backend) if backend else model
+        convert(model, [tokens(), tokens()], HWPQConfig(sequential=sequential))
+        model(**tokens())
+        after = self.alive()
+        assert len(dense) == 14 and not any(one() is not None for one in dense)
+        assert {id(one) for one in after} <= {id(one) for one in before}
+        del model
+        torch._dynamo.reset()  # of what was compiled since
+        gc.collect()
+        assert module() is None
 
 
 class TestUnstructured:

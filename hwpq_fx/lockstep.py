@@ -1,0 +1,156 @@
+"""`sequential`: every layer is converted on the inputs that the converted layers before it give, and aims at what the
+dense model makes of its own.
+
+Each recorded run of the model's graph is run twice more, dense (D) and converted (X), all of them together from one
+input of linear layers to the next. There the weights W that multiply it are converted, and the converted runs go on
+with the new ones, as the model will. (What one call of the model leaves to the next, a cache, is the dense model's in
+both.) With D and X [R, K] that input in both, a new weight W' [N, K] is to minimise
+
+    ||D W^T + r_D - X W'^T - r_X||^2
+
+where r [R, N] is what the graph adds to the product and had before: the residual stream, which is off by now and can be
+put right here as well. For that `reconstruct` wants X^T X and the drift W (D - X)^T X + (r_D - r_X)^T X.
+
+Inputs from the pruned layers before are SparseGPT's (Frantar and Alistarh, arXiv 2301.00774); the dense model's outputs
+as the aim are GPTAQ's (Li et al., arXiv 2504.02692), without the residual.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+from torch import fx
+
+from hwpq_fx.kernels import Float8Sparse24Tensor
+from hwpq_fx.passes import Stage, Steps, Use
+
+from .calibration import tracked
+from .compress import Compressed, compress, compress_fp8, shape_of
+from .config import HWPQConfig
+from .curvature import CurvatureBudget, GramMatrix, add_product
+from .layers import Layer
+from .plan import SPARSE
+from .recording import Run
+from .statistics import Call, InputStatistics, kept_rows
+
+Timed = Callable[[str], AbstractContextManager[None]]
+
+
+class _Job(NamedTuple):
+    """A weight to convert."""
+
+    layer: Layer
+    status: str
+    uses: list[Use]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[N, K]"""
+        return shape_of(self.layer.parameter, self.uses)
+
+
+class _Lane(NamedTuple):
+    """One run of calibration, dense and converted. places: of the graph's inputs, by their ids."""
+
+    stages: list[Stage]
+    places: dict[int, int]
+    call: Call
+    dense: Steps
+    converted: Steps
+
+    @classmethod
+    def of(cls, run: Run) -> "_Lane":
+        places = {id(one): place for place, one in enumerate(run.args)}
+        dense, converted = (Steps(run.staged, args) for args in (run.args, run.fresh()))
+        return cls(run.staged.stages, places, run.call, dense, converted)
+
+    def residuals(self, number: int, job: _Job) -> tuple[fx.Node, ...]:
+        return self.stages[number].residuals[self.places[id(job.layer.parameter)]]
+
+
+def compress_in_order(
+    runs: list[Run], wanted: dict[int, tuple[Layer, str]], config: HWPQConfig, timed: Timed, progress: bool
+) -> dict[str, Compressed]:
+    """The new weights, by their layers' names.
+
+    runs: as `Recording` has them; used up. wanted: by a parameter's id, its layer and the status it is to have. timed:
+    what is around a phase, by its name. Raises CalibrationError as `compress` does.
+    """
+    stages = []
+    for number, stage in enumerate(runs[0].staged.stages):
+        uses = {id(runs[0].args[place]): uses for place, uses in stage.uses.items()}
+        if jobs := [_Job(*wanted[one], uses[one]) for one in uses if one in wanted]:
+            stages.append((number, jobs))
+    lanes = [_Lane.of(run) for run in runs]
+    runs.clear()
+    made = {}
+    with tracked(stages, "choose and pack in order", progress) as steps:
+        for number, jobs in steps:
+            with timed("run in order"):
+                seen = _observe(lanes, number, jobs, config)
+            for job in jobs:
+                with timed("choose and pack"):
+                    new = made[job.layer.name] = _compress(job, seen, config)
+                packed = isinstance(new.weight, Float8Sparse24Tensor)
+                runnable = new.weight.expand() if packed else new.weight
+                for lane in lanes:
+                    lane.converted.replace(lane.places[id(job.layer.parameter)], runnable)
+    return made
+
+
+class _Seen:
+    """What a stage's weights need of their inputs. Where there is room for it, `cross` is (D - X)^T X, float32 [K, K],
+    and `pulls` has (r_D - r_X)^T X, float32 [N, K], by the names of the layers that have residuals."""
+
+    def __init__(self, x: torch.Tensor, jobs: list[_Job], pulled: list[_Job], limit: int | None):
+        channels, device, budget = x.shape[-1], x.device, CurvatureBudget(limit)
+        self.statistics = InputStatistics(channels, device, budget.grant(channels, device))
+        second = budget.grant(channels, device) if any(job.status == SPARSE for job in jobs) else None
+        self.cross = second.matrix if isinstance(second, GramMatrix) else None
+        pulled = [] if self.cross is None else pulled
+        self.pulls = {job.layer.name: (job, torch.zeros(job.shape, device=device)) for job in pulled}
+
+
+def _observe(lanes: list[_Lane], number: int, jobs: list[_Job], config: HWPQConfig) -> _Seen:
+    """Run all lanes up to stage `number`, and gather there."""
+    pulled = [
+        job
+        for job in jobs
+        if job.status == SPARSE
+        and [(use.start, use.stop) for use in job.uses] == [(0, job.shape[0])]
+        and all(lane.residuals(number, job) for lane in lanes)
+    ]
+    seen = None
+    for lane in lanes:
+        dense, x = (steps.advance(lane.stages[number]) for steps in (lane.dense, lane.converted))
+        seen = seen or _Seen(x, jobs, pulled, config.curvature_bytes)
+        keep = lane.call.rows_to_keep(x)
+        seen.statistics.update(x, keep, lane.call.number)
+        if seen.cross is None:
+            continue
+        rows = kept_rows(x, keep).float()
+        off = kept_rows(dense, keep).float() - rows
+        add_product(seen.cross, off.to(x.dtype), rows.to(x.dtype))
+        for job, pull in seen.pulls.values():
+            for node in lane.residuals(number, job):
+                theirs, ours = (kept_rows(steps.env[node], keep) for steps in (lane.dense, lane.converted))
+                add_product(pull, (theirs.float() - ours).to(x.dtype), rows.to(x.dtype))
+    assert seen is not None, "a recording has a run"
+    return seen
+
+
+def _compress(job: _Job, seen: _Seen, config: HWPQConfig) -> Compressed:
+    name, parameter = job.layer.name, job.layer.parameter
+    statistics = {use: [seen.statistics] for use in job.uses}
+    if job.status != SPARSE:
+        return compress_fp8(name, parameter, statistics, config)
+    drift = None
+    if seen.cross is not None:
+        dense = parameter.detach().t() if job.uses[0].transposed else parameter.detach()
+        drift = dense.float() @ seen.cross
+        if name in seen.pulls:
+            drift += seen.pulls[name][1]
+    made = compress(name, parameter, statistics, config, drift=drift)
+    made.line.compensation = made.line.compensation.replace("cg", "cg, in order", 1)
+    return made

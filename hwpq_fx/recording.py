@@ -1,0 +1,94 @@
+"""What ran during calibration, kept so that it can be run again: with `sequential`."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from hwpq_fx.passes import Staged, Use
+
+from .statistics import CalibrationRecorder, Call
+
+logger = logging.getLogger("hwpq_fx")
+
+
+class Run(NamedTuple):
+    """One run of a graph; its arguments as they were before it."""
+
+    staged: Staged
+    args: tuple[Any, ...]
+    call: Call
+
+    def fresh(self) -> tuple[Any, ...]:
+        """The arguments for one more run, which may write to them."""
+        return _copied(self.args)
+
+    def weights(self) -> list[list[tuple[int, Use]]]:
+        """By stage, the ids of the parameters and their uses."""
+        return [
+            [(id(self.args[place]), use) for place, uses in stage.uses.items() for use in uses]
+            for stage in self.staged.stages
+        ]
+
+
+class Recording:
+    """The graph runs of calibration, as long as all of them could be run in lockstep: one for each call of the model,
+    through the same stages. Where one could not, what ran is observed again for what is gathered without `sequential`,
+    with a warning, and nothing is recorded from then on."""
+
+    def __init__(self, recorder: CalibrationRecorder, curvature_bytes: int | None):
+        self.runs: list[Run] = []
+        self.ended = False
+        self._recorder, self._curvature_bytes = recorder, curvature_bytes
+
+    @contextmanager
+    def of(self, staged: Staged, args: tuple[Any, ...]) -> Iterator[None]:
+        """Around a run of the graph, which is recorded once it is through."""
+        if self.ended:
+            yield
+            return
+        run = Run(staged, _copied(args), self._recorder.call)
+        if reason := self._why_not(run):
+            logger.warning("sequential: %s; the layers are converted one by one instead", reason)
+            self.ended = True
+            self.replay()
+            self.runs.clear()
+        yield
+        if not self.ended:
+            self.runs.append(run)
+
+    def replay(self) -> None:
+        """Observe all runs once more, for curvature as well."""
+        call = self._recorder.call
+        self._recorder.restart(self._curvature_bytes)
+        with torch.inference_mode(False), torch.no_grad():
+            for run in self.runs:
+                self._recorder.call = run.call
+                run.staged.gm.forward(*run.fresh())
+        self._recorder.call = call
+
+    def _why_not(self, run: Run) -> str:
+        weights = run.weights()
+        ids = [weight for stage in weights for weight in {weight for weight, _ in stage}]
+        devices = {value.device.type for value in run.args if isinstance(value, torch.Tensor)}
+        if self.runs and self.runs[-1].call.number == run.call.number:
+            return "a call of the model ran several graphs (hwpq_fx.explain shows where it breaks)"
+        if len(ids) > len(set(ids)):
+            return "a weight multiplies several inputs"
+        if any(stage.autocast for stage in run.staged.stages) or any(map(torch.is_autocast_enabled, devices)):
+            return "the model ran under autocast"
+        if self.runs and self.runs[0].weights() != weights:
+            return "the calls of the model ran through different layers"
+        return ""
+
+
+def _copied(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Tensors that a graph may write to, copied, as tensors that may be written to anywhere; parameters themselves."""
+    with torch.inference_mode(False):
+        return tuple(
+            one.detach().clone() if isinstance(one, torch.Tensor) and not isinstance(one, nn.Parameter) else one
+            for one in args
+        )
