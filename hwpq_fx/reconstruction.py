@@ -97,8 +97,8 @@ def reconstruct(
     """
     problem = _problem(weight, mask, gram, damping, diagonal, drift, dtype)
     begin = _measured(problem, problem.unit * mask)
-    new, better = _judged(problem, begin.loss, _solve(problem, begin, mask, steps))
-    return (torch.where(better, new, problem.unit * mask) * problem.back).float()
+    loss, new = begin.loss, _solve(problem, begin, mask, steps).new
+    return (torch.where(_no_worse(problem, new, loss), new, problem.unit * mask) * problem.back).float()
 
 
 def refine(
@@ -132,8 +132,8 @@ def refine(
         better = other.loss < fit.loss
         fit = _Fit(*(torch.where(better, a, b) for a, b in zip(other, fit, strict=True)))
         kept = torch.where(better, chosen, kept)
-    new, better = _judged(problem, loss, fit)
-    new, mask = torch.where(better, new, problem.unit * mask), torch.where(better, kept, mask)
+    better = _no_worse(problem, fit.new, loss)
+    new, mask = torch.where(better, fit.new, problem.unit * mask), torch.where(better, kept, mask)
     return (new * problem.back).float(), mask
 
 
@@ -241,10 +241,10 @@ def _loss(problem: _Problem, error: Tensor, slope: Tensor) -> Tensor:
     return _dot(error, slope - problem.drift, torch.float64)
 
 
-def _judged(problem: _Problem, loss: Tensor, end: _Fit) -> tuple[Tensor, Tensor]:
-    """The end, and the rows, bool [N, 1], that are no worse there by an exact product than the loss they began with."""
+def _no_worse(problem: _Problem, new: Tensor, loss: Tensor) -> Tensor:
+    """Rows, bool [N, 1], whose loss by an exact product is no larger."""
     # In exact arithmetic all are: the damped loss falls with every step and is the undamped one plus what was moved.
-    return end.new, _measured(problem, end.new).loss <= loss
+    return _measured(problem, new).loss <= loss
 
 
 def _pruned(problem: _Problem, fit: _Fit, kept: Tensor) -> _Fit:
