@@ -1,5 +1,6 @@
 """Perplexity that 2:4 + FP8 leaves, method by method: `python benchmarks/accuracy.py` writes
-benchmarks/results/accuracy.json and, with matplotlib, accuracy.svg; `--plot` draws the picture again.
+benchmarks/results/accuracy.json and, with matplotlib, accuracy.svg; `--plot` draws the picture again,
+`--times` measures the times again, which want a quiet machine and take minutes, not an hour.
 
 The model is that of small_llama.py; every linear layer but the head is pruned to 2:4 and packed, activations become
 FP8 too. All methods see the same X^T X of the same calibration rows, gathered on the dense model; what is timed is
@@ -29,6 +30,7 @@ from hwpq_fx.plan import DENSE, SPARSE
 RESULTS = Path(__file__).parent / "results"
 SEEDS = (0, 1, 2)
 ROWS = 64  # calibration sequences of 256 tokens
+TURNS = 2  # of every method for each seed, where it is timed
 KL_ROWS = 64  # held-out sequences
 OURS = hwpq_fx.HWPQConfig()
 IN_ORDER = "ours, cg, in order"
@@ -81,24 +83,21 @@ def measure(
     expected: Sequence[torch.Tensor],
     progress: Callable[[str], None],
 ) -> dict[str, dict[str, float]]:
-    """Perplexity, KL to the dense model (`expected`) and seconds for one draw of calibration sequences: of these
-    methods, or of every one, of plans and of unstructured pruning."""
-    order = torch.randperm(len(small.train), generator=torch.Generator().manual_seed(seed))
-    calib = [{"input_ids": batch, "use_cache": False} for batch in small.train[order[:ROWS]].split(16)]
+    """Perplexity and KL to the dense model (`expected`) for one draw of calibration sequences: of these methods, or of
+    every one, of plans and of unstructured pruning."""
+    calib = drawn(small, seed)
     rows: dict[str, dict[str, float]] = {}
 
-    def add(name: str, model: nn.Module, **more: float) -> None:
+    def add(name: str, model: nn.Module) -> None:
         kl = divergence(model, small.held_out[:KL_ROWS], expected)
-        rows[name] = {"perplexity": perplexity(model, small.held_out), "KL": kl, **more}
+        rows[name] = {"perplexity": perplexity(model, small.held_out), "KL": kl}
         progress(f"seed {seed}  {name}: " + ", ".join(f"{value:.4g} {what}" for what, value in rows[name].items()))
 
     inputs = grams(small.model, calib)
     for name in methods or METHODS:
-        model, seconds = pruned(small.model, inputs, METHODS[name])
-        add(name, model, seconds=seconds)
+        add(name, pruned(small.model, inputs, METHODS[name])[0])
     if not methods:
-        model, seconds = in_order(small.model, calib)
-        add(IN_ORDER, model, seconds=seconds)
+        add(IN_ORDER, in_order(small.model, calib)[0])
         plan = hwpq_fx.plan(small.model, calib, OURS)
         for share in (0.25, 0.5, 0.75, 1.0):
             add(f"plan, {share:.0%} of the multiplications 2:4", planned(small.model, calib, plan, share))
@@ -107,8 +106,35 @@ def measure(
     return rows
 
 
+def drawn(small: SmallLlama, seed: int) -> Batches:
+    """Calibration batches."""
+    order = torch.randperm(len(small.train), generator=torch.Generator().manual_seed(seed))
+    return [{"input_ids": batch, "use_cache": False} for batch in small.train[order[:ROWS]].split(16)]
+
+
+def times(small: SmallLlama, progress: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+    """Seconds of choosing and compensating, every method in its turn, and SparseGPT's time over each, turn by turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in (*METHODS, IN_ORDER)}
+    for seed in SEEDS:
+        calib = drawn(small, seed)
+        inputs = grams(small.model, calib)
+        for _ in range(TURNS):
+            for name, method in METHODS.items():
+                seconds[name].append(pruned(small.model, inputs, method)[1])
+            seconds[IN_ORDER].append(in_order(small.model, calib)[1])
+            progress(", ".join(f"{name} {mine[-1]:.3g}" for name, mine in seconds.items()))
+    theirs = seconds["SparseGPT"]
+    return {
+        name: {
+            "seconds": summary(mine),
+            "SparseGPT's seconds over these": summary([a / b for a, b in zip(theirs, mine, strict=True)]),
+        }
+        for name, mine in seconds.items()
+    }
+
+
 def summary(values: list[float]) -> dict[str, float]:
-    """Mean, median and spread over the seeds."""
+    """Mean, median and spread."""
     return {
         "mean": statistics.mean(values),
         "median": statistics.median(values),
@@ -132,13 +158,21 @@ def plot(result: dict[str, Any], file: Path) -> None:
     figure.savefig(file, metadata={"Date": None})
 
 
-def write(small: SmallLlama, seeds: list[dict[str, dict[str, float]]], dense: dict[str, float], out: Path) -> None:
+def write(
+    small: SmallLlama,
+    seeds: list[dict[str, dict[str, float]]],
+    dense: dict[str, float],
+    timed: dict[str, dict[str, Any]],
+    out: Path,
+) -> None:
     """The JSON and the picture."""
     methods: dict[str, Any] = {
         name: {what: summary([one[name][what] for one in seeds]) for what in seeds[0][name]} for name in seeds[0]
     }
     for row in methods.values():
         row["gap"] = row["perplexity"]["mean"] - dense["dense"]
+    for name, row in timed.items():
+        methods[name] |= row
     result = {
         "what": "held-out perplexity, gap above the dense model's, KL in nats; mean, median, low, high over seeds",
         "seeds": len(seeds),
@@ -163,14 +197,21 @@ def write(small: SmallLlama, seeds: list[dict[str, dict[str, float]]], dense: di
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "accuracy.json", show_default=True)
 @click.option("--method", "chosen", multiple=True, type=click.Choice(list(METHODS)), help="Print only these, no JSON.")
+@click.option("--times", "times_only", is_flag=True, help="Measure times alone, and put them into the JSON.")
 @click.option("--plot", "plot_only", is_flag=True, help="Measure nothing: draw what the JSON holds.")
-def main(threads: int, device: str, out: Path, chosen: tuple[str, ...], plot_only: bool) -> None:
+def main(threads: int, device: str, out: Path, chosen: tuple[str, ...], times_only: bool, plot_only: bool) -> None:
     """Measure and write the JSON."""
     if plot_only:
         plot(json.loads(out.read_text()), out.with_suffix(".svg"))
         return
     small = small_llama(threads, device)
     torch.set_num_threads(threads)
+    if times_only:
+        result = json.loads(out.read_text())
+        for name, row in times(small, click.echo).items():
+            result["methods"][name] |= row
+        out.write_text(json.dumps(result | {"machine": where(small.model.device)}, indent=2) + "\n")
+        return
     dense, fp8 = perplexity(small.model, small.held_out), perplexity(dense_fp8(small.model), small.held_out)
     click.echo(f"dense {dense:.2f}, dense FP8 {fp8:.2f}")
     expected = [part.half() for part in log_probabilities(small.model, small.held_out[:KL_ROWS])]
@@ -178,7 +219,9 @@ def main(threads: int, device: str, out: Path, chosen: tuple[str, ...], plot_onl
     for seed in SEEDS:
         seeds.append(measure(small, seed, chosen, expected, click.echo))
         if not chosen:  # what is there is kept, should it end before its time
-            write(small, seeds, {"dense": dense, "dense FP8": fp8}, out)
+            write(small, seeds, {"dense": dense, "dense FP8": fp8}, {}, out)
+    if not chosen:
+        write(small, seeds, {"dense": dense, "dense FP8": fp8}, times(small, click.echo), out)
 
 
 if __name__ == "__main__":

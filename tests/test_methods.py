@@ -129,6 +129,7 @@ def tiny(load, monkeypatch):
     monkeypatch.setattr(script, "small_llama", lambda threads, device: small)
     monkeypatch.setattr(script, "SEEDS", (0,))
     monkeypatch.setattr(script, "ROWS", 32)
+    monkeypatch.setattr(script, "TURNS", 1)
     return script
 
 
@@ -150,6 +151,21 @@ def test_accuracy_writes_every_method_and_plan(tiny, methods, tmp_path):
     assert rows["plan, 100% of the multiplications 2:4"]["KL"] == pytest.approx(rows["ours, cg"]["KL"], rel=0.05)
     assert content["machine"]["threads"] == 1 and content["model"]["calibration tokens"] == 32 * 16
     assert out.with_suffix(".svg").exists() == (find_spec("matplotlib") is not None)
+
+
+def test_times_alone_leave_the_rest(tiny, tmp_path):
+    out = tmp_path / "accuracy.json"
+    row = {"gap": 1.0, "seconds": {"median": -1.0}}
+    names = (*tiny.METHODS, tiny.IN_ORDER)
+    out.write_text(json.dumps({"dense": 5.0, "methods": dict.fromkeys((*names, "plan"), row)}))
+    run(tiny, "--out", out, "--times")
+    content = json.loads(out.read_text())
+    assert content["dense"] == 5.0 and content["methods"]["plan"] == row
+    for name in names:
+        timed = content["methods"][name]
+        ratio = timed["SparseGPT's seconds over these"]["median"]
+        assert timed["gap"] == 1.0 and timed["seconds"]["median"] > 0
+        assert ratio == content["methods"]["SparseGPT"]["seconds"]["median"] / timed["seconds"]["median"]
 
 
 def test_accuracy_of_some_methods_writes_nothing(tiny, tmp_path):
