@@ -214,7 +214,7 @@ def fast(compressed: Compressed, config: HWPQConfig, sibling: bool = False) -> t
         return weight
     if config.packing_format == SPARSE_2D:
         theirs = to_torchao(weight)
-        line.packed_bytes = sum(getattr(theirs, name).nbytes for name in theirs.tensor_data_names)
+        line.packed_bytes = _nbytes(theirs)
         line.paths = "cutlass, in torchao's sparse_2d_data_2d_metadata"
         return theirs
     if config.layout == "fastest" and not (sibling and weight.is_cuda):

@@ -106,6 +106,11 @@ class HWPQConfig(AOBaseConfig):
     """Rows of input that times are reckoned for, with `max_loss`, `min_speedup` and `hwpq_fx.plan`: 1 is decoding of
     one sequence."""
 
+    @property
+    def gathered_bytes(self) -> int | None:
+        """The bound on what calibration gathers beside sums of squares: `curvature_bytes`, and nothing without "cg"."""
+        return self.curvature_bytes if self.compensation == "cg" else 0
+
     def __post_init__(self) -> None:
         for name in ("targets", "ignore"):
             patterns = getattr(self, name)

@@ -144,7 +144,7 @@ def convert(
 
 
 def _calibration(model: Any, config: HWPQConfig) -> Calibration:
-    return Calibration(model, config.curvature_bytes if config.compensation == "cg" else 0, config.sequential)
+    return Calibration(model, config.gathered_bytes, config.sequential)
 
 
 def _module_of(model: Any) -> nn.Module:

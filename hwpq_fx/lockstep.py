@@ -129,13 +129,12 @@ def _observe(lanes: list[_Lane], number: int, jobs: list[_Job], config: HWPQConf
         seen.statistics.update(x, keep, lane.call.number)
         if seen.cross is None:
             continue
-        rows = kept_rows(x, keep).float()
-        off = kept_rows(dense, keep).float() - rows
-        add_product(seen.cross, off.to(x.dtype), rows.to(x.dtype))
+        rows = kept_rows(x, keep)
+        add_product(seen.cross, kept_rows(dense, keep) - rows, rows)
         for job, pull in seen.pulls.values():
             for node in lane.residuals(number, job):
                 theirs, ours = (kept_rows(steps.env[node], keep) for steps in (lane.dense, lane.converted))
-                add_product(pull, (theirs.float() - ours).to(x.dtype), rows.to(x.dtype))
+                add_product(pull, (theirs - ours).to(x.dtype), rows)
     assert seen is not None, "a recording has a run"
     return seen
 

@@ -180,7 +180,7 @@ class _Conversion:
         """What the layers of the dense block see in all batches, by id of the parameter; what it makes of them goes to
         disk."""
         block, device = self.skeleton.blocks[index], self.skeleton.device
-        recorder = CalibrationRecorder(self.config.curvature_bytes if self.config.compensation == "cg" else 0)
+        recorder = CalibrationRecorder(self.config.gathered_bytes)
         layers = [layer for layer in self._layers_in(block) if not self._reason(layer)]
         with self.skeleton.filled(self._prefix(index), block), _observed(layers, recorder):
             for number, call in enumerate(calls):

@@ -99,8 +99,7 @@ def _prepare(module: nn.Module, layer: Layer, use: Use, config: HWPQConfig) -> N
     if hasattr(module, OBSERVER):
         raise CalibrationError(f'{layer.name} is prepared already: run batches, then quantize_ with step="convert"')
     channels = layer.parameter.shape[0 if use.transposed else 1]
-    curvature_bytes = config.curvature_bytes if config.compensation == "cg" else 0
-    observer = ModuleObserver(module, channels, layer.parameter.device, curvature_bytes)
+    observer = ModuleObserver(module, channels, layer.parameter.device, config.gathered_bytes)
     # not a buffer: it is neither saved nor moved
     object.__setattr__(module, OBSERVER, observer)
 

@@ -98,7 +98,7 @@ def dry_run(source: str, config: HWPQConfig) -> DryRun:
             raise ModelError(f"{source} is no causal language model: {error}") from error
     layers = layers_of(model)
     check_patterns(layers, config)
-    budget = CurvatureBudget(config.curvature_bytes if config.compensation == "cg" else 0)
+    budget = CurvatureBudget(config.gathered_bytes)
     found, statistics = [], 0
     for layer in layers:
         use = layer.static_use

@@ -19,7 +19,7 @@ from models import call, llama, tokens, vectors
 
 
 def calibrated(model, batches, config):
-    calibration = Calibration(model, config.curvature_bytes if config.compensation == "cg" else 0)
+    calibration = Calibration(model, config.gathered_bytes)
     if batches:
         calibration.run(batches)
     calibration.remove()
