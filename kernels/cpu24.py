@@ -201,7 +201,10 @@ def linear24_cpu(x, x_scale, qdata, sparse_metadata, scale, bias, prepacked, x_h
 
 
 def _decompose(x, *rest):
-    return linear24_cpu(x, *rest) if x.device.type == "cpu" else NotImplemented
+    if x.device.type == "cpu":
+        return linear24_cpu(x, *rest)
+    _keep_whole()
+    return NotImplemented
 
 
 def _register_inductor_decomposition() -> None:
@@ -209,6 +212,16 @@ def _register_inductor_decomposition() -> None:
     from torch._inductor.decomposition import decompositions
 
     decompositions[torch.ops.hwpq_fx.linear24.default] = _decompose
+
+
+@cache
+def _keep_whole() -> None:
+    """Inductor refuses to call an op that is in that table, unless told to. Told while it compiles: the import takes
+    half a second. Tried on torch 2.11 and 2.13."""
+    from torch._inductor.lowering import get_layout_constraint_tag, make_fallback, tag_to_layout_constraint
+
+    op = torch.ops.hwpq_fx.linear24.default
+    make_fallback(op, tag_to_layout_constraint(get_layout_constraint_tag(op)), warn=False, override_decomp=True)
 
 
 _register_inductor_decomposition()

