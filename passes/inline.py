@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from hwpq_fx.kernels import Float8Sparse24Tensor
 
-from .values import as_traced, give_value, value_of
+from .values import as_traced, copy_of, give_value, value_of
 
 ATTENTION: Any = F.multi_head_attention_forward
 
@@ -22,8 +22,7 @@ def inline_attention(gm: fx.GraphModule) -> fx.GraphModule:
     """Inline every attention node into a copy of `gm`; `gm` itself where there is none."""
     if not any(node.target is ATTENTION for node in gm.graph.nodes):
         return gm
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
+    graph = copy_of(gm)
     with as_traced(graph) as follow:
         for node in list(graph.nodes):
             follow(node)

@@ -20,7 +20,7 @@ from hwpq_fx.kernels.packed import fits_hp
 from hwpq_fx.kernels.paths import EITHER, HP, Path, chosen, target_of
 
 from .products import Product, products
-from .values import as_traced, give_value, value_of
+from .values import as_traced, copy_of, give_value, value_of
 
 LINEAR24 = torch.ops.hwpq_fx.linear24.default
 
@@ -31,8 +31,7 @@ def lower(gm: fx.GraphModule) -> fx.GraphModule:
     A product that the format cannot serve (a weight packed along the other side) stays as it is: the tensor
     subclass answers it by dequantizing.
     """
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
+    graph = copy_of(gm)
     found = {product.node: product for product in products(graph) if _packed_along_input(product)}
     if not found:
         return gm

@@ -27,7 +27,7 @@ from hwpq_fx.kernels import Float8Sparse24Tensor
 from hwpq_fx.kernels.adjoin import HELD, joined, stacked, why_apart
 
 from .products import Product, match, products
-from .values import as_traced, give_value, memory, op_name, value_of
+from .values import SOURCE, as_traced, copy_of, give_value, memory, op_name, value_of
 
 MERGE = "hwpq_merge"  # in the meta of a merged graph: its `Merge`
 logger = logging.getLogger("hwpq_fx")
@@ -81,8 +81,7 @@ class Merge(NamedTuple):
 def merge(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     """Merge products in a copy of `gm`; `gm` itself where none can be. inputs: those of the graph, with the real
     weights, which are only looked at. What was merged stands in the meta of the result under `MERGE`."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
+    graph = copy_of(gm)
     placeholders = graph.find_nodes(op="placeholder")
     place = {node: number for number, node in enumerate(placeholders)}
 
@@ -272,6 +271,5 @@ def _rows(weight: fx.Node) -> int:
 
 def _layer(weight: fx.Node) -> str:
     """The module's name, read from where Dynamo found the weight."""
-    known = weight.meta.get("grapharg")
-    name = known.source.name if known else weight.name
+    name = weight.meta.get(SOURCE, weight.name)
     return ".".join(re.findall(r"_(?:modules|parameters)\['(.+?)'\]", name)).removesuffix(".weight") or name

@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensor
 
 from .inline import inline_attention
 from .products import products
-from .values import leaves, memory, memory_of, op_name, value_of
+from .values import copy_of, leaves, memory, memory_of, op_name, value_of
 
 OBSERVER = "hwpq_observer"
 # what a packed weight answers, by `op_name`, on the way from the parameter to its product
@@ -67,8 +67,7 @@ class Observed(NamedTuple):
 def observe(gm: fx.GraphModule, recorder: Recorder) -> Observed:
     """Insert observer nodes into a copy of `gm`, a Dynamo graph whose parameters are placeholders."""
     gm = inline_attention(gm)
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
+    graph = copy_of(gm)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     owner = {memory_of(node): node for node in placeholders if _is_weight(node)}
 

@@ -509,6 +509,25 @@ class TestMemory:
         assert module() is None
 
 
+@pytest.mark.parametrize("backend", ["inductor", "hwpq"])
+def test_a_model_that_ran_compiled_can_be_moved(backend):
+    batch = tokens()
+    # of a second model of its class, torch leaves more to the garbage collector
+    for _ in range(2):
+        model = llama()
+        if backend == "hwpq":
+            model = torch.compile(convert(model, [batch]), backend=backend)
+        else:
+            model = convert(torch.compile(model), [batch])
+        with torch.no_grad():
+            before = model(**batch).logits
+            for dtype in (torch.bfloat16, torch.float32):
+                after = model.to(dtype)(**batch).logits
+                assert after.dtype is dtype and after.float().isfinite().all()
+            assert (after - before).norm() < 0.1 * before.norm()
+        model.to("meta")
+
+
 class TestUnstructured:
     @pytest.mark.parametrize("share", [0.5, 0.7])
     def test_share_and_kind(self, share):
