@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .frozen import freeze
 from .inline import inline_attention
 from .lower import lower
 from .merge import MERGE, bound, example_inputs, merge
@@ -14,7 +15,7 @@ from .merge import MERGE, bound, example_inputs, merge
 Pass = Callable[..., fx.GraphModule]
 
 # in order, each on a copy of the graph; `merge` is shown its inputs as well
-PASSES: tuple[Pass, ...] = (inline_attention, merge, lower)
+PASSES: tuple[Pass, ...] = (inline_attention, merge, lower, freeze)
 
 
 def rewrite(gm: fx.GraphModule, inputs: Sequence[Any], passes: Sequence[Pass] | None = None) -> fx.GraphModule:
