@@ -69,8 +69,8 @@ def test_what_runs_here_is_right_and_timed(on_cpu):
     for name in ("bf16", "fp8 weight-only", "hwpq", "gemv", "tiles", "quantize alone"):
         assert lines[name]["status"] == "ok" and lines[name]["median_us"] > 0, lines[name]
     assert lines["hwpq"]["path"] == "reference"
-    # no GPU for these: listed, with the reason, without a time
-    for name in ("fp8 dynamic", "torchao 2:4", "torchao int4"):
+    # not on a CPU: listed, with the reason, without a time (where there is a GPU, torchao lets the first pass)
+    for name in ("fp8 dynamic", "torchao 2:4", "torchao int4")[torch.cuda.is_available() :]:
         assert lines[name]["status"] == "failed" and lines[name]["error"] and "median_us" not in lines[name]
 
 

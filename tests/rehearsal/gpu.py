@@ -185,12 +185,14 @@ def install(arch: int) -> None:
     torch._C._cuda_getDeviceCount = answer(1)
     torch._C._cuda_cudaCachingAllocator_is_enabled = answer(True)
     torch._C._cuda_isCurrentStreamCapturing = torch.cuda.is_current_stream_capturing
-    torch.UntypedStorage.clone = clone
+    torch.UntypedStorage.__new__ = new_storage
     GridExecutor.__call__ = launch
     # no tracer sees into the interpreter
     torch.library.triton_op = torch.library.custom_op
 
 
-def clone(storage):
-    """`torch.UntypedStorage.clone`, whose constructor asks for the device by a list of its own."""
-    return torch.empty(storage.nbytes(), dtype=torch.uint8, device=storage.device).untyped_storage().copy_(storage)
+def new_storage(cls, *args, device=None):
+    """`torch.UntypedStorage(size, device=...)`, which asks for the device by a list of its own."""
+    if device is None or torch.device(device).type != "cuda":
+        return torch._C.StorageBase.__new__(cls, *args, device=device)
+    return torch.empty(*args, dtype=torch.uint8, device=device).untyped_storage()
