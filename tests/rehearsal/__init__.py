@@ -24,20 +24,21 @@ ARCHS = ("80", "86", "89", "90", "100", "120")
 SOURCE = Path(__file__).with_name("cuda.cpp")
 
 
-def start(arch: str) -> None:
-    """From here on this process has a GPU of compute capability `arch` ("90")."""
+def start(arch: str, interpreted: bool = True) -> None:
+    """From here on this process has a GPU of compute capability `arch` ("90"). interpreted: Triton's kernels run in its
+    interpreter, which no compiler sees into; else they can be traced and compiled, not run."""
     if arch not in ARCHS:
         raise ValueError(f"HWPQ_FX_REHEARSE is one of {', '.join(ARCHS)}, not {arch!r}")
     if "torch" in sys.modules:
         raise RuntimeError("torch is imported already: it asks once what devices there are")
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["TRITON_INTERPRET"] = str(int(interpreted))
     torch_folder = Path(find_spec("torch").submodule_search_locations[0])
     for library in (torch_folder / "lib" / "libtorch_cpu.so", built(torch_folder)):
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
     from . import gpu
 
-    gpu.install(int(arch))
+    gpu.install(int(arch), interpreted)
     from . import inductor, libraries
 
     libraries.install()

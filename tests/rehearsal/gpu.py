@@ -122,7 +122,7 @@ def graph(cuda_graph, pool=None, stream=None, capture_error_mode="global"):
         cuda_graph.capture_end()
 
 
-def install(arch: int) -> None:
+def install(arch: int, interpreted: bool) -> None:
     """Give `torch.cuda` one GPU, sm_`arch`."""
     capability = divmod(arch, 10)
     # of an H100, but for a cache that a benchmark soon has gone round
@@ -187,8 +187,8 @@ def install(arch: int) -> None:
     torch._C._cuda_isCurrentStreamCapturing = torch.cuda.is_current_stream_capturing
     torch.UntypedStorage.__new__ = new_storage
     GridExecutor.__call__ = launch
-    # no tracer sees into the interpreter
-    torch.library.triton_op = torch.library.custom_op
+    if interpreted:
+        torch.library.triton_op = torch.library.custom_op
 
 
 def new_storage(cls, *args, device=None):
