@@ -15,7 +15,7 @@ from torch import fx
 from torchao.quantization import Float8Tensor
 
 from .products import Product, products
-from .values import copy_of, value_of
+from .values import copy_of, rewritten, value_of
 
 
 class FrozenLinear(torch.autograd.Function):
@@ -30,7 +30,7 @@ class FrozenLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,), (weight,), (wants_x, _, wants_bias) = grads, ctx.saved_tensors, ctx.needs_input_grad
         of_x = grad @ weight.dequantize().to(grad.dtype) if wants_x else None
-        return of_x, None, grad.flatten(0, -2).sum(0) if wants_bias else None
+        return of_x, None, grad.reshape(-1, grad.shape[-1]).sum(0) if wants_bias else None
 
 
 def frozen_linear(x: torch.Tensor, weight: Float8Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -40,16 +40,12 @@ def frozen_linear(x: torch.Tensor, weight: Float8Tensor, bias: torch.Tensor | No
 
 def freeze(gm: fx.GraphModule) -> fx.GraphModule:
     """Rewrite these products in a copy of `gm`; `gm` itself where there is none."""
-    graph = copy_of(gm)
-    found = [product for product in products(graph) if _wants_gradient(product)]
-    if not found:
+    if not any(map(_wants_gradient, products(gm.graph))):
         return gm
-    for node, x, weight, bias, *_ in found:
+    graph = copy_of(gm)
+    for node, x, weight, bias, *_ in list(filter(_wants_gradient, products(graph))):
         node.target, node.args, node.kwargs = frozen_linear, (x, weight, bias), {}
-    frozen = fx.GraphModule(gm, graph)
-    frozen.meta.update(gm.meta)
-    graph.lint()
-    return frozen
+    return rewritten(gm, graph)
 
 
 def _wants_gradient(product: Product) -> bool:

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from hwpq_fx.kernels import Float8Sparse24Tensor
 
-from .values import as_traced, copy_of, give_value, value_of
+from .values import as_traced, copy_of, give_value, rewritten, value_of
 
 ATTENTION: Any = F.multi_head_attention_forward
 
@@ -28,10 +28,7 @@ def inline_attention(gm: fx.GraphModule) -> fx.GraphModule:
             follow(node)
             if node.target is ATTENTION:
                 _inline(graph, node)
-    inlined = fx.GraphModule(gm, graph)
-    inlined.meta.update(gm.meta)
-    graph.lint()
-    return inlined
+    return rewritten(gm, graph)
 
 
 def _inline(graph: fx.Graph, node: fx.Node) -> None:

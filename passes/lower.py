@@ -20,7 +20,7 @@ from hwpq_fx.kernels.packed import fits_hp
 from hwpq_fx.kernels.paths import EITHER, HP, Path, chosen, target_of
 
 from .products import Product, products
-from .values import as_traced, copy_of, give_value, value_of
+from .values import as_traced, copy_of, give_value, rewritten, value_of
 
 LINEAR24 = torch.ops.hwpq_fx.linear24.default
 
@@ -42,10 +42,7 @@ def lower(gm: fx.GraphModule) -> fx.GraphModule:
             if node in found:
                 with graph.inserting_before(node):
                     _write(graph, found[node], inputs)
-    lowered = fx.GraphModule(gm, graph)
-    lowered.meta.update(gm.meta)
-    graph.lint()
-    return lowered
+    return rewritten(gm, graph)
 
 
 class Input(NamedTuple):

@@ -27,7 +27,7 @@ from hwpq_fx.kernels import Float8Sparse24Tensor
 from hwpq_fx.kernels.adjoin import HELD, joined, stacked, why_apart
 
 from .products import Product, match, products
-from .values import SOURCE, as_traced, copy_of, give_value, memory, op_name, value_of
+from .values import SOURCE, as_traced, copy_of, give_value, memory, op_name, rewritten, value_of
 
 MERGE = "hwpq_merge"  # in the meta of a merged graph: its `Merge`
 logger = logging.getLogger("hwpq_fx")
@@ -112,10 +112,8 @@ def merge(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     for weight in (weight for weights in merged for weight in weights if not weight.users):
         graph.erase_node(weight)
     kept = tuple(place[node] for node in graph.find_nodes(op="placeholder") if node in place)
-    result = fx.GraphModule(gm, graph)
-    result.meta.update(gm.meta)
+    result = rewritten(gm, graph)
     result.meta[MERGE] = Merge(kept, siblings)
-    graph.lint()
     for one in siblings:
         logger.debug("merged, rows %s: %s", one.rows, ", ".join(one.names))
     return result

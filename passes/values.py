@@ -1,4 +1,4 @@
-"""What Dynamo saw: the fake value that a node of its graphs carries in `meta["example_value"]`."""
+"""Dynamo's graphs: copies of them, and the fake value that a node of theirs carries in `meta["example_value"]`."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -26,6 +26,14 @@ def copy_of(gm: fx.GraphModule) -> fx.Graph:
         if (known := node.meta.pop("grapharg", None)) is not None:
             node.meta[SOURCE] = known.source.name
     return graph
+
+
+def rewritten(gm: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+    """`gm` with `graph`, which is checked, in place of its own."""
+    result = fx.GraphModule(gm, graph)
+    result.meta.update(gm.meta)
+    graph.lint()
+    return result
 
 
 def value_of(node: fx.Node) -> Any:

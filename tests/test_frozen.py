@@ -36,8 +36,9 @@ class Frozen:
 
 
 @ACTIVATIONS
-def test_gradients_are_those_of_the_dequantized_weight(activation):
-    model, x = model_of(activation), torch.randn(2, 5, 48)
+@pytest.mark.parametrize("shape", [(2, 5, 48), (48,)], ids=str)
+def test_gradients_are_those_of_the_dequantized_weight(activation, shape):
+    model, x = model_of(activation), torch.randn(shape)
     plain_of(model)(x).square().sum().backward()
     wanted = {name: one.grad for name, one in model.named_parameters() if one.requires_grad}
     model.zero_grad()

@@ -90,9 +90,11 @@ class CUDAGraph:
         """The same operators again, their results to where the captured ones lie; to what asks, a capture still."""
         captures.append(self.capture)
         self.capture.inside = True
-        self._again()
-        self.capture.inside = False
-        captures.pop()
+        try:
+            self._again()
+        finally:
+            self.capture.inside = False
+            captures.pop()
 
     def _again(self):
         for op, args, kwargs, out in self.capture.calls:
