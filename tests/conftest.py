@@ -1,7 +1,7 @@
 """What holds for every test: nothing is downloaded, the same seed, nothing compiled is left over."""
 
 import os
-from importlib import import_module
+from types import SimpleNamespace
 
 import rehearsal
 
@@ -28,10 +28,27 @@ def _fresh():
     torch._dynamo.reset()
 
 
-@pytest.fixture(autouse=rehearsal.ON)
-def _chosen_by_reference(request, monkeypatch):
-    """The kernels that choose and pack are rehearsed in the test of theirs; elsewhere they would take most of the time,
-    and their references give the same bits."""
-    if not request.node.name.startswith("test_choosing_and_packing"):
-        for name in ("select24", "prune_pack24"):
-            monkeypatch.setattr(import_module(f"hwpq_fx.kernels.{name}"), "has_kernel", lambda weight: False)
+@pytest.fixture
+def assembly(monkeypatch):
+    """Triton's interpreter has no inline assembly: here it has, where there is no GPU. What may be read of memory is to
+    be put into the list: (first address, one past the last)."""
+    readable = []
+    if torch.cuda.is_available():
+        return readable
+    import numpy as np
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    from rehearsal import ptx
+
+    def create_inline_asm(self, text, constraints, values, types, is_pure, pack):
+        assert pack == 1
+        results = ptx.inline(text, constraints, [value.data for value in values], readable)
+        kinds = {"fp32": np.float32, "int32": np.int32, "uint32": np.uint32}
+        handles = [
+            TensorHandle(result.view(kinds[kind.scalar.name]), kind.scalar)
+            for result, kind in zip(results, types, strict=True)
+        ]
+        return SimpleNamespace(get_result=handles.__getitem__)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_inline_asm", create_inline_asm)
+    return readable

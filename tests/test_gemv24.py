@@ -1,13 +1,10 @@
-"""gemv24 against float64: the plain kernel in Triton's interpreter, the one with assembly on a PTX interpreter of our
-own (in Triton's), and both on a GPU where there is one."""
+"""gemv24 against float64, in Triton's interpreter, or on a GPU where there is one."""
 
-import ctypes
 import os
 import re
 import subprocess
 import sys
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,121 +17,12 @@ import rehearsal
 from hwpq_fx.kernels import Float8Sparse24Tensor, pack24, unpack24
 from hwpq_fx.kernels.gemv24 import Plain, SparseMma, config, gemv24, launch, product, why_not
 from hwpq_fx.kernels.survey import survey
+from rehearsal.ptx.machine import Machine
 
 needs_triton = pytest.mark.skipif(sys.platform != "linux", reason="Triton's wheels are for Linux")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INSTRUCTIONS = 2.1  # per weight, at most: 5.5 would take as long as reading it does on an H100
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-
-
-class Ptx:
-    """Runs the assembly of `tl.inline_asm_elementwise` on numpy arrays, warps by lanes in the last two dimensions."""
-
-    memory = ()  # what may be read: first and last address of every tensor
-
-    def __init__(self, asm, inputs, outputs):
-        self.registers = {f"${place}": value for place, value in enumerate(inputs, outputs)}
-        self.shape = np.broadcast_shapes(*(value.shape for value in inputs))
-        for line in re.sub("//.*", "", asm).split(";"):
-            if line.strip():
-                self.run(*line.split(maxsplit=1))
-
-    def run(self, opcode, operands):
-        name, *kinds = re.split(r"::|\.", opcode)
-        places = [
-            re.findall(r"[$%\w.-]+", part) for part in re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,{}\[\]\s]+", operands)
-        ]
-        values = [np.stack([self.value(place) for place in group]) for group in places[1:]]
-        results = getattr(self, name)(kinds, *values)
-        self.registers |= zip(places[0], results, strict=True)
-
-    def value(self, place):
-        if place == "%tid.x":
-            return np.arange(np.prod(self.shape), dtype=np.int64).reshape(self.shape)
-        if re.match(r"-?\d", place):
-            return np.full(self.shape, int(place, 0))
-        return np.broadcast_to(self.registers.get(place, 0), self.shape)
-
-    def mov(self, kinds, a):
-        return a
-
-    def ld(self, kinds, address):
-        words = 4 if "v4" in kinds else 1
-        assert not (address % (4 * words)).any()
-        inside = [(address >= start) & (address + 4 * words <= end) for start, end in self.memory]
-        assert np.logical_or.reduce(inside).all()
-        read = [np.frombuffer(ctypes.string_at(int(one), 4 * words), np.uint32) for one in address.flat]
-        return np.stack(read, -1).reshape(words, *self.shape)
-
-    def prmt(self, kinds, a, b, selector):
-        return [prmt(a[0], b[0], selector[0])]
-
-    def fma(self, kinds, a, b, c):
-        kind = {"bf16x2": torch.bfloat16, "f16x2": torch.float16}[kinds[-1]]
-        a, b, c = (halves(one[0], kind) for one in (a, b, c))
-        rounded = torch.from_numpy(a * b + c).to(kind)
-        assert np.array_equal(rounded.double().numpy(), a * b + c)  # exact, here
-        return [rounded.view(torch.int16).numpy().view(np.uint32)[..., 0]]
-
-    def mma(self, kinds, a, b, c, indices, selector):
-        """PTX ISA, "Matrix fragments for sparse mma.m16n8k32 with .f16 and .bf16 types"."""
-        assert kinds[:6] == ["sp", "ordered_metadata", "sync", "aligned", "m16n8k32", "row"]
-        kind = {"bf16": torch.bfloat16, "f16": torch.float16}[kinds[-2]]
-        a, b = (halves(one, kind) for one in (a, b))
-        d = np.empty_like(c)
-        for warp in range(self.shape[0]):
-            sparse, dense = np.zeros((16, 32)), np.zeros((32, 8))
-            for lane in range(32):
-                g, t = divmod(lane, 4)
-                for register in range(4):
-                    row, group = g + 8 * (register % 2), t + 4 * (register // 2)
-                    word = int(indices[0, warp, 4 * g + 2 * int(selector[0, warp, lane]) + group // 4])
-                    nibble = word >> 16 * (register % 2) >> group % 4 * 4 & 0xF
-                    assert nibble in (0x4, 0x8, 0xC, 0x9, 0xD, 0xE)
-                    for half in range(2):
-                        sparse[row, 4 * group + (nibble >> 2 * half & 3)] = a[register, warp, lane, half]
-                        dense[8 * register + 2 * t + half, g] = b[register, warp, lane, half]
-            product = sparse @ dense
-            for lane in range(32):
-                g, t = divmod(lane, 4)
-                for place in range(4):
-                    d[place, warp, lane] = c[place, warp, lane] + product[g + 8 * (place // 2), 2 * t + place % 2]
-        return d
-
-
-def prmt(a, b, selector):
-    both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
-    result = np.zeros_like(both)
-    for place in range(4):
-        nibble = selector.astype(np.uint64) >> np.uint64(4 * place) & np.uint64(0xF)
-        assert not (nibble & np.uint64(8)).any()  # copies of the sign: not used here
-        result |= (both >> nibble * np.uint64(8) & np.uint64(0xFF)) << np.uint64(8 * place)
-    return result.astype(np.uint32)
-
-
-def halves(words, kind):
-    """[...] words -> [..., 2] float64 of the low and the high 16 bits."""
-    pairs = np.ascontiguousarray(words.astype(np.uint32))[..., None].view(np.int16)
-    return torch.from_numpy(pairs).view(kind).double().numpy()
-
-
-@pytest.fixture
-def assembly(monkeypatch):
-    """Triton's interpreter with a PTX interpreter inside; a GPU needs neither."""
-    if DEVICE == "cuda":
-        return
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    dtypes = {"f": np.float32, "r": np.uint32}
-
-    def create_inline_asm(self, asm, constraints, values, types, is_pure, pack):
-        kinds = [part.strip("=&") for part in constraints.split(",") if part.startswith("=")]
-        ran = Ptx(asm, [value.data for value in values], len(kinds))
-        results = [ran.registers[f"${place}"].astype(dtypes[kind]) for place, kind in enumerate(kinds)]
-        handles = [TensorHandle(result, kind.scalar) for result, kind in zip(results, types, strict=True)]
-        return SimpleNamespace(get_result=lambda place: handles[place])
-
-    monkeypatch.setattr(InterpreterBuilder, "create_inline_asm", create_inline_asm)
 
 
 def arguments(m, n, k, dtype, bias=torch.float32):
@@ -153,10 +41,10 @@ def check(y, x, qdata, sparse_metadata, scale, bias):
     assert ((y.double() - expected).abs() <= allowed).all()
 
 
-def launched(given, config):
+def launched(readable, given, config):
+    readable[:] = [(part.data_ptr(), part.data_ptr() + part.nbytes) for part in given[:3]]
     x, *rest = given
     y = torch.full((len(x), len(rest[0])), torch.nan, dtype=x.dtype, device=DEVICE)
-    Ptx.memory = [(part.data_ptr(), part.data_ptr() + part.nbytes) for part in given[:3]]
     launch(x, *rest, y, config)
     return y
 
@@ -168,7 +56,7 @@ def launched(given, config):
 )
 def test_sparse_tensor_cores(assembly, dtype, m, n, k, warps, wide):
     given = arguments(m, n, k, dtype)
-    check(launched(given, SparseMma(warps, wide)), *given)
+    check(launched(assembly, given, SparseMma(warps, wide)), *given)
 
 
 def every_byte():
@@ -187,15 +75,15 @@ def every_byte():
 def test_every_value_in_every_place_is_exact(assembly, dtype, config):
     parts = every_byte()
     x = torch.eye(128, dtype=dtype, device=DEVICE)
-    y = launched((x, *parts, torch.ones(16, 1, device=DEVICE), None), config)
+    y = launched(assembly, (x, *parts, torch.ones(16, 1, device=DEVICE), None), config)
     assert torch.equal(y.t(), unpack24(*parts).to(dtype))
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="needs Triton to number lanes otherwise")
 def test_lanes_numbered_otherwise_make_no_silent_mistake(assembly, monkeypatch):
-    value = Ptx.value
-    monkeypatch.setattr(Ptx, "value", lambda self, place: value(self, place)[:, :: -1 if place == "%tid.x" else 1])
-    assert launched(arguments(1, 16, 128, torch.bfloat16), SparseMma(1, False)).isnan().all()
+    system = Machine.system
+    monkeypatch.setattr(Machine, "system", lambda self, name: system(self, name)[::-1])
+    assert launched(assembly, arguments(1, 16, 128, torch.bfloat16), SparseMma(1, False)).isnan().all()
 
 
 def test_large_and_small(assembly):
@@ -205,8 +93,8 @@ def test_large_and_small(assembly):
     qdata.view(torch.uint8)[::2] = 0x7E  # 448
     qdata.view(torch.uint8)[1::4] = 0x81  # the least, negative
     scale *= 1e-6
-    check(launched(given, SparseMma(2, False)), *given)
-    check(launched(given, Plain(4, 16, 1)), *given)
+    check(launched(assembly, given, SparseMma(2, False)), *given)
+    check(launched(assembly, given, Plain(4, 16, 1)), *given)
 
 
 @settings(deadline=None, max_examples=10)
@@ -220,7 +108,7 @@ def test_large_and_small(assembly):
 )
 def test_any_shape(m, n, eighths, dtype, bias, config):
     parts = arguments(m, n, 8 * eighths, dtype, bias)
-    check(launched(parts, config), *parts)
+    check(launched([], parts, config), *parts)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -292,7 +180,7 @@ def test_compiled_graphs_hold_the_kernel_and_copy_no_weight(tmp_path):
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("m", [1, 8])
 def test_compiled(m):
-    size = 128 if rehearsal.ON else 4096
+    size = 512 if rehearsal.ON else 4096
     given = arguments(m, size, size, torch.bfloat16)
     compiled = torch.compile(lambda x, *rest: gemv24(x * 2, *rest) + 1, fullgraph=True)
     torch.testing.assert_close(compiled(*given), gemv24(given[0] * 2, *given[1:]) + 1)

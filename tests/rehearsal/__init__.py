@@ -1,9 +1,9 @@
 """A GPU to rehearse on: `HWPQ_FX_REHEARSE=90 pytest -m gpu` runs what needs a GPU where there is none, as sm_90.
 
-Tensors on "cuda" are CPU memory (cuda.cpp), Triton kernels run in its interpreter, NVIDIA's and torchao's compiled
-products are those of doubles.py, and Inductor lowers, schedules and writes Triton as for that GPU; what runs then is
-the graph it was made from. Nothing is learned of speed or of hardware. What shows is everything else that a first run
-on a GPU stumbles over: tensors on the wrong device, graphs that Inductor refuses, checks that are wrong themselves.
+Tensors on "cuda" are CPU memory (cuda.cpp). Triton kernels, ours and those that Inductor writes, are compiled for that
+GPU and their PTX runs on the CPU (ptx/), which stops what compute-sanitizer would report: addresses beyond what a
+kernel was given, races in shared memory. NVIDIA's and torchao's compiled products are those of doubles.py. Nothing is
+learned of speed, of ptxas or of hardware that does not do what the PTX ISA says.
 
 Wants a build of torch without CUDA and a C++ compiler, and to start before torch is imported. Tried on torch 2.13.
 """
@@ -19,28 +19,28 @@ from pathlib import Path
 
 ARCH = os.environ.get("HWPQ_FX_REHEARSE") or None
 ON = ARCH is not None
-"""Then tests keep sizes small: an interpreter takes milliseconds for what a GPU does in microseconds."""
+"""Then tests keep sizes small: what a GPU does in microseconds takes milliseconds."""
 ARCHS = ("80", "86", "89", "90", "100", "120")
 SOURCE = Path(__file__).with_name("cuda.cpp")
 
 
-def start(arch: str, interpreted: bool = True) -> None:
-    """From here on this process has a GPU of compute capability `arch` ("90"). interpreted: Triton's kernels run in its
-    interpreter, which no compiler sees into; else they can be traced and compiled, not run."""
+def start(arch: str) -> None:
+    """From here on this process has a GPU of compute capability `arch` ("90")."""
     if arch not in ARCHS:
         raise ValueError(f"HWPQ_FX_REHEARSE is one of {', '.join(ARCHS)}, not {arch!r}")
     if "torch" in sys.modules:
         raise RuntimeError("torch is imported already: it asks once what devices there are")
-    os.environ["TRITON_INTERPRET"] = str(int(interpreted))
+    os.environ["TRITON_INTERPRET"] = "0"
     torch_folder = Path(find_spec("torch").submodule_search_locations[0])
     for library in (torch_folder / "lib" / "libtorch_cpu.so", built(torch_folder)):
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
     from . import gpu
 
-    gpu.install(int(arch), interpreted)
-    from . import inductor, libraries
+    gpu.install(int(arch))
+    from . import inductor, libraries, triton_driver
 
+    triton_driver.install()
     libraries.install()
     inductor.install()
 

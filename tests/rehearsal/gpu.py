@@ -2,17 +2,14 @@
 
 import contextlib
 import time
-from functools import partial
 from types import SimpleNamespace
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
-from triton.runtime.interpreter import GridExecutor
 
 NAME = "Rehearsed GPU"
 GIB = 1 << 30
-interpreted_launch = GridExecutor.__call__
 
 
 class Stream:
@@ -106,13 +103,12 @@ class CUDAGraph:
         self.capture.calls.clear()
 
 
-def launch(executor, *args, **kwargs):
+def launch(run, *args):
     """A Triton kernel is no operator: kept beside them, and not looked into."""
-    run = partial(interpreted_launch, executor)
     if captures and not captures[-1].inside:
-        captures[-1].calls.append((run, args, kwargs, None))
+        captures[-1].calls.append((run, args, {}, None))
     with _disable_current_modes():
-        run(*args, **kwargs)
+        run(*args)
 
 
 @contextlib.contextmanager
@@ -124,7 +120,7 @@ def graph(cuda_graph, pool=None, stream=None, capture_error_mode="global"):
         cuda_graph.capture_end()
 
 
-def install(arch: int, interpreted: bool) -> None:
+def install(arch: int) -> None:
     """Give `torch.cuda` one GPU, sm_`arch`."""
     capability = divmod(arch, 10)
     # of an H100, but for a cache that a benchmark soon has gone round
@@ -188,9 +184,6 @@ def install(arch: int, interpreted: bool) -> None:
     torch._C._cuda_cudaCachingAllocator_is_enabled = answer(True)
     torch._C._cuda_isCurrentStreamCapturing = torch.cuda.is_current_stream_capturing
     torch.UntypedStorage.__new__ = new_storage
-    GridExecutor.__call__ = launch
-    if interpreted:
-        torch.library.triton_op = torch.library.custom_op
 
 
 def new_storage(cls, *args, device=None):

@@ -1,0 +1,175 @@
+"""What the threads of a launch read and write: memory of the process as global memory, and shared memory of programs.
+
+Both refuse what compute-sanitizer's memcheck and racecheck report: addresses outside of what the launch was given or
+not aligned to their width, and shared bytes that two warps touch, one of them writing, with no barrier in between.
+"""
+
+import ctypes
+
+import numpy as np
+
+WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: None, 32: None}
+SEVERAL = -2
+
+
+class Fault(RuntimeError):
+    """What a GPU, or compute-sanitizer on one, would stop a kernel for."""
+
+
+class GlobalMemory:
+    """Ranges of this process's memory: [(first address, one past the last)]."""
+
+    def __init__(self, ranges):
+        self.ranges = sorted({(first, end) for first, end in ranges if end > first})
+        self.firsts = np.array([first for first, _ in self.ranges], np.int64)
+        self.ends = np.array([end for _, end in self.ranges], np.int64)
+        self.views = {}
+
+    def _view(self, width, place):
+        """All of a range in words of `width` bytes, and where it begins: both on a multiple of 16."""
+        if (width, place) not in self.views:
+            first, end = self.ranges[place]
+            first, end = first // 32 * 32, -(-end // 32) * 32
+            raw = (ctypes.c_uint8 * (end - first)).from_address(first)
+            self.views[width, place] = np.frombuffer(raw, WORDS[width]), first
+        return self.views[width, place]
+
+    def _places(self, addresses, width):
+        if (addresses % width).any():
+            raise Fault(f"an address is not aligned to its {width} bytes")
+        places = np.searchsorted(self.firsts, addresses, "right") - 1
+        inside = (places >= 0) & (addresses + width <= self.ends[places])
+        if not inside.all():
+            outside = int(addresses[~inside][0])
+            raise Fault(f"{hex(outside)}, {width} bytes, is not in the memory of any argument")
+        return places
+
+    def read(self, addresses, width, count):
+        """Words of `width` bytes [count, n] from addresses [n]."""
+        addresses = addresses.astype(np.int64)
+        places = self._places(addresses, width * count)
+        out = np.empty((count, len(addresses)), WORDS[width])
+        for place in np.unique(places):
+            chosen = places == place
+            view, first = self._view(width, place)
+            at = (addresses[chosen] - first) // width
+            for word in range(count):
+                out[word, chosen] = view[at + word]
+        return out
+
+    def write(self, addresses, words):
+        """words [count, n] to addresses [n]."""
+        addresses, width = addresses.astype(np.int64), words.itemsize
+        places = self._places(addresses, width * len(words))
+        for place in np.unique(places):
+            chosen = places == place
+            view, first = self._view(width, place)
+            at = (addresses[chosen] - first) // width
+            for word, values in enumerate(words):
+                view[at + word] = values[chosen]
+
+
+class SharedMemory:
+    """`size` bytes for each of some programs, full of NaN (0xFF) to begin with."""
+
+    def __init__(self, programs, size):
+        self.size = -(-size // 16) * 16
+        total = programs * self.size
+        self.bytes = np.full(total, 0xFF, np.uint8)
+        self.views = {width: self.bytes.view(kind) for width, kind in WORDS.items() if kind}
+        # by byte: the turn (number of barriers passed) and the warp of the last write and of the last read
+        self.turn = np.zeros(programs, np.int32)
+        self.written, self.writer = np.full(total, -1, np.int32), np.full(total, -1, np.int32)
+        self.was_read, self.reader = np.full(total, -1, np.int32), np.full(total, -1, np.int32)
+        self.pending = np.zeros(total, bool)
+
+    def barrier(self, programs):
+        self.turn[programs] += 1
+
+    def _at(self, addresses, width, programs):
+        addresses = addresses.astype(np.int64)
+        if (addresses % width).any():
+            raise Fault(f"a shared address is not aligned to its {width} bytes")
+        if ((addresses + width > self.size) | (addresses < 0)).any():
+            raise Fault(f"shared address {int(addresses.max())}, {width} bytes, of {self.size} bytes")
+        return addresses + programs * self.size
+
+    def read(self, addresses, width, count, programs, warps):
+        """Words [count, n] from addresses [n] of the programs [n], for the warps [n] (numbered through)."""
+        at = self._at(addresses, width * count, programs)
+        every = (at[:, None] + np.arange(width * count)).ravel()
+        warps = np.repeat(warps, width * count)
+        turn = np.repeat(self.turn[programs], width * count)
+        if self.pending[every].any():
+            raise Fault("shared memory is read before the copy to it was waited for")
+        if ((self.written[every] == turn) & (self.writer[every] != warps)).any():
+            raise Fault("a race: shared memory is read that another warp wrote, with no barrier in between")
+        others = (self.was_read[every] == turn) & (self.reader[every] != warps)
+        self.reader[every], self.was_read[every] = np.where(others, SEVERAL, warps), turn
+        # several warps at once
+        self.reader[every[self.reader[every] != warps]] = SEVERAL
+        return np.stack([self.views[width][at // width + word] for word in range(count)])
+
+    def write(self, addresses, words, programs, warps):
+        width, count = words.itemsize, len(words)
+        at = self._at(addresses, width * count, programs)
+        for word, values in enumerate(words):
+            self.claim(at + word * width, values, warps, self.turn[programs])
+            self.views[width][at // width + word] = values
+
+    def claim(self, at, values, warps, turn):
+        """Warps [n] write words [n] at [n]: bytes that others touched since the last barrier must stay as they are."""
+        width = values.itemsize
+        every = (at[:, None] + np.arange(width)).ravel()
+        warps, turn = np.repeat(warps, width), np.repeat(turn, width)
+        touched = (self.was_read[every] == turn) & (self.reader[every] != warps)
+        touched |= (self.written[every] == turn) & (self.writer[every] != warps)
+        if (touched & (self.bytes[every] != np.ascontiguousarray(values).view(np.uint8))).any() or (
+            self.pending[every].any()
+        ):
+            raise Fault("a race: shared memory is written that another warp touched, with no barrier in between")
+        self.written[every], self.writer[every] = turn, warps
+        if (self.writer[every] != warps).any() and not (  # several warps at once: the same, or a race
+            self._agree(every, values)
+        ):
+            raise Fault("a race: two warps write different values to the same shared memory")
+
+    @staticmethod
+    def _agree(every, values):
+        order = np.argsort(every, kind="stable")
+        place, value = every[order], np.ascontiguousarray(values).view(np.uint8)[order]
+        return not ((place[1:] == place[:-1]) & (value[1:] != value[:-1])).any()
+
+
+class Copies:
+    """cp.async: bytes on their way from global to shared memory, in groups, by thread."""
+
+    def __init__(self, threads):
+        self.groups = np.zeros(threads, np.int64)
+        """How many each thread has closed."""
+        self.under_way = []
+
+    def start(self, shared, threads, at, data, warps, turn):
+        """data [n, width] to the bytes from at [n] on."""
+        every = at[:, None] + np.arange(data.shape[1])
+        shared.claim(every.ravel(), data.ravel(), np.repeat(warps, data.shape[1]), np.repeat(turn, data.shape[1]))
+        shared.pending[every] = True
+        self.under_way.append((threads, every, data, warps, self.groups[threads]))
+
+    def close(self, threads):
+        self.groups[threads] += 1
+
+    def wait(self, shared, threads, left, programs):
+        """What `threads` [n] began is there, but for their last `left` groups."""
+        chosen = np.zeros(len(self.groups), bool)
+        chosen[threads] = True
+        rest = []
+        for began, every, data, warps, group in self.under_way:
+            done = chosen[began] & (group < self.groups[began] - left)
+            shared.pending[every[done]] = False
+            shared.bytes[every[done]] = data[done]
+            shared.written[every[done]] = shared.turn[programs[began[done]], None]
+            shared.writer[every[done]] = warps[done, None]
+            if not done.all():
+                rest.append((began[~done], every[~done], data[~done], warps[~done], group[~done]))
+        self.under_way = rest

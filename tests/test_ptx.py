@@ -1,0 +1,275 @@
+"""The machine that runs PTX in rehearsal: its arithmetic is right, and it stops what a GPU or compute-sanitizer would.
+
+That it runs whole kernels rightly is what the rehearsal shows.
+"""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rehearsal.ptx import Fault, launch, numbers, read
+
+WORD = st.integers(0, 2**32 - 1)
+FLOAT = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+def kernel(body, threads=64, registers=""):
+    """A kernel of one argument, an address in %rd1; %r1 is the number of the thread."""
+    return read(
+        f""".extern .shared .align 16 .b8 global_smem[];
+        .visible .entry test(.param .u64 .ptr .global .align 1 test_param_0) .reqntid {threads} {{
+        .reg .pred %p<8>; .reg .b16 %rs<8>; .reg .b32 %r<32>; .reg .b64 %rd<8>; {registers}
+        ld.param.b64 %rd1, [test_param_0]; mov.u32 %r1, %tid.x; mul.wide.u32 %rd2, %r1, 4; add.s64 %rd2, %rd2, %rd1;
+        mov.b32 %r3, global_smem; shl.b32 %r4, %r1, 2; add.s32 %r4, %r3, %r4; xor.b32 %r5, %r4, 128;
+        {body} ret; }}"""
+    )
+
+
+def ran(body, threads=64, programs=1, given=None, extra=0, registers=""):
+    """What lies in memory afterwards: int32, one word a thread of a program unless `given`."""
+    memory = np.zeros(threads, np.int32) if given is None else np.array(given, np.int32)
+    first = memory.ctypes.data
+    ranges = [(first, first + memory.nbytes + extra)]
+    launch(kernel(body, threads, registers), (programs, 1, 1), 4 * threads, [first], ranges)
+    return memory
+
+
+# faults
+
+
+def test_addresses_are_those_of_arguments():
+    body = "ld.global.b32 %r2, [%rd2 + {}]; st.global.b32 [%rd2], %r1;"
+    assert ran(body.format(0)).tolist() == list(range(64))
+    with pytest.raises(Fault, match=r"ld.global.*is not in the memory of any argument"):
+        ran(body.format(4))
+    with pytest.raises(Fault, match="not aligned to its 4 bytes"):
+        ran(body.format(-2))
+    # predicated off, nothing is read
+    assert ran("setp.lt.u32 %p1, %r1, 63; @%p1 ld.global.b32 %r2, [%rd2 + 4]; st.global.b32 [%rd2], %r1;")[63] == 63
+
+
+def test_shared_memory_ends():
+    with pytest.raises(Fault, match="shared address"):
+        ran("st.shared.b32 [%r4 + 256], %r1;")
+
+
+SWAP = "st.shared.b32 [%r4], %r1; {} ld.shared.b32 %r2, [%r5]; st.global.b32 [%rd2], %r2;"
+
+
+def test_a_race_between_warps_is_seen():
+    assert ran(SWAP.format("bar.sync 0;"), programs=3).tolist() == [place ^ 32 for place in range(64)]
+    with pytest.raises(Fault, match="another warp wrote"):
+        ran(SWAP.format(""))
+    with pytest.raises(Fault, match="another warp wrote"):
+        ran(SWAP.format("bar.warp.sync -1;"))
+    with pytest.raises(Fault, match="another warp touched"):  # written again while the other warp may still read
+        ran(SWAP.format("bar.sync 0;") + "st.shared.b32 [%r4], %r2;")
+    assert ran(SWAP.format("bar.sync 0;") + "bar.sync 0; st.shared.b32 [%r4], %r2;")[0] == 32
+    # among the threads of a warp there is none
+    assert ran(SWAP.replace("%r5", "%r4").format("")).tolist() == list(range(64))
+    with pytest.raises(Fault, match="two warps write different values"):
+        ran("and.b32 %r6, %r1, 31; shl.b32 %r6, %r6, 2; add.s32 %r6, %r3, %r6; st.shared.b32 [%r6], %r1;")
+
+
+COPY = (
+    "cp.async.ca.shared.global [ %r4 + 0 ], [ %rd2 + 0 ], 0x4, 4; cp.async.commit_group; {} ld.shared.b32 %r2, [%r5];"
+)
+
+
+def test_a_copy_has_to_be_waited_for():
+    store = "add.s32 %r2, %r2, 1; st.global.b32 [%rd2], %r2;"
+    given = [7 * place for place in range(64)]
+    made = ran(COPY.format("cp.async.wait_group 0; bar.sync 0;") + store, given=given)
+    assert made.tolist() == [7 * (place ^ 32) + 1 for place in range(64)]
+    with pytest.raises(Fault, match="before the copy to it was waited for"):
+        ran(COPY.format("cp.async.wait_group 1; bar.sync 0;") + store)
+    with pytest.raises(Fault, match="another warp wrote"):
+        ran(COPY.format("cp.async.wait_group 0;") + store)
+    # the second of two is still under way
+    two = "cp.async.ca.shared.global [ %r5 + 0 ], [ %rd2 + 0 ], 0x4, 4; cp.async.commit_group;"
+    with pytest.raises(Fault):
+        ran(COPY.format(two + "cp.async.wait_group 1; bar.sync 0;") + store)
+
+
+def test_a_copy_of_nothing_is_zeros():
+    body = COPY.format("cp.async.wait_group 0; bar.sync 0;").replace("0x4, 4", "0x4, %r9")
+    store = "st.global.b32 [%rd2], %r2;"
+    made = ran("setp.lt.u32 %p1, %r1, 32; selp.b32 %r9, 4, 0, %p1;" + body + store, given=range(1, 65))
+    assert made.tolist() == [0] * 32 + list(range(1, 33))
+
+
+def test_threads_part_and_meet():
+    # thread i goes round i times
+    loop = """mov.b32 %r6, 0; mov.b32 %r7, 0;
+    L1: setp.ge.u32 %p1, %r6, %r1; @%p1 bra L2; add.s32 %r6, %r6, 1; add.s32 %r7, %r7, %r6; bra.uni L1;
+    L2: st.shared.b32 [%r4], %r7; bar.sync 0; ld.shared.b32 %r8, [%r5]; st.global.b32 [%rd2], %r8;"""
+    assert ran(loop).tolist() == [sum(range((place ^ 32) + 1)) for place in range(64)]
+    early = "setp.lt.u32 %p1, %r1, 40; @%p1 ret; st.global.b32 [%rd2], %r1;"
+    assert ran(early).tolist() == [0] * 40 + list(range(40, 64))
+
+
+def test_a_barrier_is_for_all_threads_and_a_warp_keeps_together():
+    apart = "setp.lt.u32 %p1, %r1, {}; @%p1 bra L1; {} L1: st.global.b32 [%rd2], %r1;"
+    assert ran(apart.format(32, "bar.warp.sync -1;"))[5] == 5
+    with pytest.raises(Fault, match="not at this barrier"):
+        ran(apart.format(32, "bar.sync 0;"))
+    with pytest.raises(Fault, match="not together"):
+        ran(apart.format(40, "redux.sync.add.s32 %r2, %r1, -1;"))
+    with pytest.raises(Fault, match="not there"):
+        ran(apart.format(40, "shfl.sync.bfly.b32 %r2, %r1, 16, 31, -1;"))
+
+
+def test_what_is_not_understood_is_said():
+    with pytest.raises(AttributeError, match=r"test, brev\.b32 %r2, %r1"):
+        ran("brev.b32 %r2, %r1;")
+    with pytest.raises(ValueError, match="no kernel"):
+        read("")
+
+
+# blocks, programs, lanes
+
+
+def test_names_of_a_block_are_its_own():
+    block = "{{ .reg .b32 a, %t; mov.b32 a, {}; add.s32 %t, a, %r1; mov.b32 %r{}, %t; }} "
+    body = block.format(5, 2) + block.format("0x10U", 6) + "add.s32 %r2, %r2, %r6; st.global.b32 [%rd2], %r2;"
+    assert ran(body).tolist() == [2 * place + 21 for place in range(64)]
+
+
+def test_lanes_and_programs():
+    sums = "redux.sync.add.s32 %r2, %r1, -1; st.global.b32 [%rd2], %r2;"
+    assert ran(sums).tolist() == [sum(range(32))] * 32 + [sum(range(32, 64))] * 32
+    moved = "shfl.sync.idx.b32 %r2|%p1, %r1, 3, 31, -1; selp.b32 %r2, %r2, -1, %p1; st.global.b32 [%rd2], %r2;"
+    assert ran(moved).tolist() == [3] * 32 + [35] * 32
+    up = "shfl.sync.up.b32 %r2|%p1, %r1, 4, 0, -1; selp.b32 %r2, %r2, -1, %p1; st.global.b32 [%rd2], %r2;"
+    assert ran(up).tolist()[:6] == [-1] * 4 + [0, 1]
+    where = "mov.u32 %r2, %ctaid.x; mad.lo.s32 %r6, %r2, 64, %r1; mul.wide.u32 %rd3, %r6, 4; add.s64 %rd3, %rd3, %rd1;"
+    made = ran(where + "st.global.b32 [%rd3], %r2;", programs=300, given=[9] * 64 * 300)
+    assert made.tolist() == [place // 64 for place in range(64 * 300)]
+
+
+def words(*values, kind=np.uint32):
+    return [np.array([value], kind) for value in values]
+
+
+def test_bits_are_put_into_others():
+    body = "mov.b32 %r2, -1; bfi.b32 %r6, %r1, %r2, 8, {}; st.global.b32 [%rd2], %r6;"
+    assert ran(body.format(4)).view(np.uint32)[[0, 3, 21]].tolist() == [0xFFFFF0FF, 0xFFFFF3FF, 0xFFFFF5FF]
+    assert ran(body.format(0)).tolist() == [-1] * 64
+    assert ran(body.replace("8, {}", "0, 32")).tolist() == list(range(64))
+
+
+# arithmetic
+
+
+@given(WORD, WORD, WORD)
+def test_prmt(a, b, selector):
+    both = (a | b << 32).to_bytes(8, "little")
+    made = 0
+    for place in range(4):
+        nibble = selector >> 4 * place & 15
+        byte = both[nibble & 7]
+        made |= (byte if nibble < 8 else 255 * (byte >> 7)) << 8 * place
+    assert int(numbers.prmt(*words(a, b, selector))[0]) == made
+
+
+@given(WORD, WORD, WORD)
+def test_lop3(a, b, c):
+    a_, b_, c_ = words(a, b, c)
+    assert numbers.lop3(a_, b_, c_, 0xEA)[0] == (a & b) | c
+    assert numbers.lop3(a_, b_, c_, 0x96)[0] == a ^ b ^ c
+
+
+@given(FLOAT, FLOAT, FLOAT)
+@settings(max_examples=300)
+def test_fma_rounds_once(a, b, c):
+    exact = Fraction(a) * Fraction(b) + Fraction(c)
+    made = numbers.fused(*words(a, b, c, kind=np.float32), np.float32)[0]
+    down = numbers.fused(*words(a, b, c, kind=np.float32), np.float32, "rm")[0]
+    if math.isinf(made) or math.isinf(down):
+        assert abs(exact) > 3.4028234e38
+        return
+    distance = abs(Fraction(float(made)) - exact)
+    for neighbour in (np.nextafter(made, np.float32(np.inf)), np.nextafter(made, np.float32(-np.inf))):
+        assert math.isinf(neighbour) or distance <= abs(Fraction(float(neighbour)) - exact)
+    above = np.nextafter(down, np.float32(np.inf))
+    assert Fraction(float(down)) <= exact and (math.isinf(above) or Fraction(float(above)) > exact)
+
+
+@given(FLOAT)
+def test_bfloat16_rounds_as_torch(value):
+    here = numbers.to_bf16(np.array([value], np.float32)).view(np.int16)
+    assert here[0] == torch.tensor(value).bfloat16().view(torch.int16)
+    # a float64 just beside the middle of two
+    middle = (np.array([value], np.float32).view(np.uint32) & np.uint32(0xFFFF0000) | np.uint32(0x8000)).view(
+        np.float32
+    )
+    beside = np.nextafter(middle.astype(np.float64), -np.inf)
+    lower, upper = (
+        numbers.bf16(numbers.to_bf16(one))[0] for one in (beside, np.nextafter(middle.astype(np.float64), np.inf))
+    )
+    if np.isfinite([lower, upper]).all():
+        assert lower < middle[0] < upper
+
+
+def test_e4m3_is_torchs():
+    every = torch.arange(256, dtype=torch.uint8)
+    there = every.view(torch.float8_e4m3fn).double().numpy()
+    assert np.array_equal(numbers.E4M3, there, equal_nan=True)
+    values = torch.cat([torch.randn(4000) * 10.0 ** torch.randint(-4, 3, (4000,)), torch.tensor([0.0, -0.0, 2**-10])])
+    values = values.clamp(-448, 448)
+    middles = torch.tensor((there[:0x7E] + there[1:0x7F]) / 2).float()
+    values = torch.cat([values, middles, -middles])
+    made = numbers.to_e4m3(values.numpy())
+    assert np.array_equal(made, values.to(torch.float8_e4m3fn).view(torch.uint8).numpy())
+    # saturated, where torch has NaN
+    assert numbers.to_e4m3(np.array([1e9, -np.inf, np.nan])).tolist() == [0x7E, 0xFE, 0x7F]
+
+
+@given(st.integers(-(2**31), 2**31 - 1), st.integers(-(2**31), 2**31 - 1).filter(bool))
+def test_division_goes_towards_zero(a, b):
+    if (a, b) != (-(2**31), -1):
+        assert numbers.divide(*words(a, b, kind=np.int32))[0] == math.trunc(Fraction(a, b))
+
+
+@given(WORD, st.integers(0, 40), st.integers(0, 32))
+def test_shifts_and_fields(value, start, length):
+    unsigned, signed = words(value)[0], words(value)[0].view(np.int32)
+    by = np.array([start], np.uint32)
+    assert numbers.shift(unsigned, by, "b32", True)[0] == value << start & 0xFFFFFFFF
+    assert numbers.shift(unsigned, by, "u32", False)[0] == value >> start
+    assert numbers.shift(signed, by, "s32", False)[0] == int(signed[0]) >> start
+    if start < 32:
+        found = value >> start & (1 << length) - 1
+        assert numbers.field(unsigned, by, np.array([length], np.uint32))[0] == found
+        if length and start + length <= 32:
+            wanted = found - (1 << length) if found >> length - 1 else found
+            assert numbers.field(signed, by, np.array([length], np.uint32))[0] == wanted
+
+
+def test_comparisons_with_nan():
+    one, nan = np.array([1.0], np.float32), np.array([np.nan], np.float32)
+    for how, wanted in {
+        "eq": 0,
+        "ne": 0,
+        "lt": 0,
+        "ge": 0,
+        "equ": 1,
+        "neu": 1,
+        "ltu": 1,
+        "geu": 1,
+        "nan": 1,
+        "num": 0,
+    }.items():
+        assert numbers.compare(how, one, nan)[0] == wanted
+    assert numbers.compare("num", one, one)[0] and not numbers.compare("ltu", one, one)[0]
+    assert numbers.smaller(one, nan)[0] == numbers.larger(nan, one)[0] == 1
+    zeros = np.array([0.0, -0.0], np.float32)
+    assert (
+        np.signbit(numbers.smaller(zeros, zeros[::-1])).all()
+        and not np.signbit(numbers.larger(zeros, zeros[::-1])).any()
+    )
