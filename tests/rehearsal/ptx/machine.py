@@ -51,6 +51,10 @@ def launch(kernel: Kernel, grid, shared, values, ranges) -> None:
         Machine(kernel, grid, programs[first : first + step], shared, values, memory).run()
 
 
+class NotYet(Exception):
+    """Threads wait for others."""
+
+
 ROUNDINGS = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
 
 
@@ -84,13 +88,16 @@ class Machine:
         self.shared = SharedMemory(len(programs), shared + SHARED_BASE)
         self.copies = Copies(self.count)
         self.tensor = matrices.TensorMemory(len(programs))
+        self.barriers = {}
+        self.arrivals = 0
+        """At any mbarrier."""
         self.everyone = np.ones(self.count, bool)
         # those at work; None: everyone
         self.active = None
-        self.registers = {}
-        for name, bits in kernel.registers.items():
-            kind = bool if bits == 1 else UNSIGNED[bits]
-            self.registers[name] = np.full(self.count, bits != 1 and POISON & (1 << bits) - 1, kind)
+        # arrays are never written to, so that they may be shared
+        poison = {bits: np.full(self.count, POISON & (1 << bits) - 1, UNSIGNED[bits]) for bits in UNSIGNED}
+        poison[1] = np.zeros(self.count, bool)
+        self.registers = {name: poison[bits] for name, bits in kernel.registers.items()}
 
     # what instructions are made of
 
@@ -167,7 +174,10 @@ class Machine:
 
     def follow(self):
         instructions = self.kernel.instructions
-        parties = [(0, self.everyone)]
+        parties = [(0, self.everyone)]  # threads that can go on, and where
+        waiting = []  # for an mbarrier
+        self.at_barrier = []
+        seen = -1
         while parties:
             parties.sort(key=lambda party: party[0])
             at, members = parties.pop(0)
@@ -195,13 +205,36 @@ class Machine:
                     break
                 if self.active is not None and not self.active.any():
                     continue
+                if name in ("bar", "barrier") and instruction.opcode[1] != "warp":
+                    parties += self.arrive(at, self.everyone if self.active is None else self.active)
+                    break
                 try:
                     getattr(self, f"do_{name}")(instruction.opcode, *instruction.operands)
+                except NotYet:
+                    waiting.append((at - 1, self.everyone if members is None else members))
+                    break
                 except Exception as error:
                     raise type(error)(f"{self.kernel.name}, {instruction.text}: {error}") from error
             else:
                 if at < len(instructions):
                     parties.append((at, self.everyone if members is None else members))
+            if waiting and not parties and self.arrivals > seen:
+                parties, waiting, seen = waiting, [], self.arrivals
+        if waiting or self.at_barrier:
+            at = (waiting or self.at_barrier)[0][0]
+            raise Fault(f"{self.kernel.name}: threads wait for others for ever, near {instructions[at - 1].text}")
+
+    def arrive(self, at, members):
+        """Threads come to a barrier and go on at `at`: who can go on now, and where."""
+        self.at_barrier.append((at, members))
+        there = np.logical_or.reduce([party for _, party in self.at_barrier])
+        complete = there.reshape(-1, self.kernel.threads).all(1)
+        self.shared.barrier(np.flatnonzero(complete))
+        go = np.repeat(complete, self.kernel.threads)
+        parties, self.at_barrier = (
+            [(at, party & which) for at, party in self.at_barrier if (party & which).any()] for which in (go, ~go)
+        )
+        return parties
 
     # moves
 
@@ -587,20 +620,11 @@ class Machine:
     # threads with each other
 
     def do_bar(self, opcode, *operands):
-        if opcode[1] == "warp":
-            return self.whole_warps()
-        if self.active is not None:
-            programs = self.active.reshape(-1, self.kernel.threads)
-            if (programs.any(1) != programs.all(1)).any():
-                raise Fault("some threads of a program are not at this barrier")
-        self.shared.barrier(np.unique(self.place[self.lanes()]))
-        return None
-
-    def do_barrier(self, opcode, *operands):
-        self.do_bar(opcode, *operands)
+        self.whole_warps()
 
     def do_fence(self, opcode, *operands):
-        pass
+        if opcode[1:3] == ("proxy", "async"):
+            self.shared.fence(np.unique(self.warp[self.lanes()]))
 
     def do_shfl(self, opcode, to, source, by, clamp, members):
         to, inside = to if isinstance(to, tuple) else (to, "_")
@@ -650,3 +674,27 @@ class Machine:
 
     def do_wgmma(self, opcode, *operands):
         matrices.wgmma(self, opcode, *operands)
+
+    def do_tcgen05(self, opcode, *operands):
+        matrices.tcgen05(self, opcode, *operands)
+
+    def do_mbarrier(self, opcode, *operands):
+        *to, address, number = (*operands, "0") if opcode[1] == "inval" else operands
+        lanes = self.lanes()
+        keys = list(zip(self.place[lanes].tolist(), self.address(address, lanes).tolist(), strict=True))
+        if opcode[1] == "init":
+            for key in keys:
+                self.barriers[key] = matrices.Barrier(int(number, 0))
+        elif opcode[1] == "inval":
+            for key in keys:
+                del self.barriers[key]
+        elif opcode[1:3] == ("try_wait", "parity"):
+            parity = np.broadcast_to(self.get(number, np.uint32), self.count)[lanes]
+            done = np.array([self.barriers[key].phase % 2 != one for key, one in zip(keys, parity, strict=True)])
+            if not done.all():
+                raise NotYet
+            for key in set(keys):
+                self.barriers[key].passed(self.shared)
+            self.put(to[0], np.ones(1, bool))
+        else:
+            raise ValueError("this use of a barrier is not there")

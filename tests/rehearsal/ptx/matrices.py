@@ -148,34 +148,28 @@ def mma(machine, opcode, d, a, b, c, *more):
         machine.put(register, total[:, place].astype(np.float32).ravel())
 
 
-SWIZZLE = {0: 0, 1: 3, 2: 2, 3: 1}
-"""By a descriptor's upper two bits: how many bits of the address are xored with those three above."""
+HOPPER, BLACKWELL = {0: 0, 1: 3, 2: 2, 3: 1}, {0: 0, 2: 3, 4: 2, 6: 1}
+"""By a descriptor's upper bits: how many bits of the address are xored with those three above."""
 
 
-def rows_at(machine, descriptor, rows, k, size, transposed):
-    """A matrix [programs.., rows, k] of elements of `size` bytes in shared memory, by wgmma's matrix descriptor
-    [warpgroups]: bytes [warpgroups, rows, k, size]. transposed: rows lie next to each other, not k."""
+def rows_at(descriptor, swizzle, rows, k, size, transposed):
+    """Shared addresses [n, rows, k] of matrices of elements of `size` bytes, by matrix descriptors [n].
+    transposed: rows lie next to each other, not k."""
     start = (descriptor & np.uint64(0x3FFF)).astype(np.int64) << 4
     leading = (descriptor >> np.uint64(16) & np.uint64(0x3FFF)).astype(np.int64) << 4
     stride = (descriptor >> np.uint64(32) & np.uint64(0x3FFF)).astype(np.int64) << 4
     if (descriptor >> np.uint64(49) & np.uint64(7)).any():
         raise ValueError("a base offset")
-    (mode,) = np.unique(descriptor >> np.uint64(62))
-    swizzle = SWIZZLE[int(mode)]
     width = 16 << swizzle  # bytes of a row of what is swizzled
     row, column = np.meshgrid(np.arange(rows), np.arange(k), indexing="ij")
     inner, outer = (row, column) if transposed else (column, row)
     inner = inner * size
     start, leading, stride = (one[:, None, None] for one in (start, leading, stride))
-    at = start + outer % 8 * width + inner % width
-    if transposed:
-        at = at + inner // width * leading + outer // 8 * stride
-    else:
-        if not swizzle:
-            at = at + inner // width * leading
-        elif (inner >= width).any():
-            raise ValueError("longer than what is swizzled")
-        at = at + outer // 8 * stride
+    at = start + outer % 8 * width + inner % width + outer // 8 * stride
+    if transposed or not swizzle:
+        at = at + inner // width * leading
+    elif (inner >= width).any():
+        raise ValueError("longer than what is swizzled")
     return at ^ ((at >> 7 & (1 << swizzle) - 1) << 4)
 
 
@@ -219,16 +213,135 @@ def operand(machine, register, groups, rows, k, size, kind, transposed):
     descriptor = machine.registers[register].reshape(-1, 128)[groups]
     if (descriptor != descriptor[:, :1]).any():
         raise Fault("a warpgroup's threads differ in their descriptor")
-    at = rows_at(machine, descriptor[:, 0], rows, k, size, transposed)
-    programs = np.broadcast_to(machine.place.reshape(-1, 128)[groups, 0][:, None, None], at.shape).ravel()
-    # read by all four warps: the first stands for them
-    warps = np.broadcast_to(machine.warp.reshape(-1, 128)[groups, 0][:, None, None], at.shape).ravel()
-    found = machine.shared.read(at.ravel(), size, 1, programs, warps)[0].reshape(at.shape)
+    first = 128 * groups
+    (mode,) = np.unique(descriptor >> np.uint64(62))
+    return read(machine, rows_at(descriptor[:, 0], HOPPER[int(mode)], rows, k, size, transposed), first, kind)[0]
+
+
+def read(machine, at, threads, kind):
+    """float64 of elements at shared addresses [n, rows, k] of the programs of threads [n], and their bytes' places."""
+    size = 1 if kind == "e4m3" else 2
+    programs, warps = (
+        np.broadcast_to(one[threads][:, None, None], at.shape).ravel() for one in (machine.place, machine.warp)
+    )
+    found, every = machine.shared.operand(at.ravel(), size, programs, warps)
+    found = found.reshape(at.shape)
     if kind == "e4m3":
-        return E4M3[found]
-    return (bf16(found) if kind == "bf16" else found.view(np.float16)).astype(np.float64)
+        return E4M3[found], every
+    return (bf16(found) if kind == "bf16" else found.view(np.float16)).astype(np.float64), every
+
+
+class Barrier:
+    """An mbarrier: `count` arrivals end a phase."""
+
+    def __init__(self, count):
+        self.count, self.left, self.phase = count, count, 0
+        self.reading = []
+        """Bytes of shared memory that products read that were to end in the phases before."""
+
+    def arrive(self):
+        self.left -= 1
+        if not self.left:
+            self.left, self.phase = self.count, self.phase + 1
+
+    def passed(self, shared):
+        for every in self.reading:
+            np.subtract.at(shared.busy, every, 1)
+        self.reading.clear()
 
 
 class TensorMemory:
+    """sm_100's: 128 lanes of 512 columns of 32 bits for each of some programs, full of NaN to begin with."""
+
     def __init__(self, programs):
-        pass
+        self.programs, self.words = programs, None
+        self.taken = 0
+        self.reading = []
+        """(program, bytes of shared memory) of products that no commit was for."""
+
+    def begin(self, columns):
+        if self.words is None:
+            self.words = np.full((self.programs, 128, 512), 0xFFFFFFFF, np.uint32)
+        if self.taken + columns > 512:
+            raise Fault("tensor memory is full")
+        self.taken += columns
+        return self.taken - columns
+
+
+def tcgen05(machine, opcode, *operands):
+    """Products of sm_100: done when they are given. Rows of A and D are lanes of tensor memory, for M = 128."""
+    name = opcode[1]
+    tensor, lanes = machine.tensor, machine.lanes()
+    if name == "alloc":
+        # by one warp of each program, alike in all
+        machine.whole_warps()
+        leaders = lanes[::32]
+        base = np.full((1, len(leaders)), tensor.begin(int(operands[1], 0)), np.uint32)
+        at = machine.address(operands[0], leaders)
+        machine.shared.write(at, base, machine.place[leaders], machine.warp[leaders])
+    elif name in ("st", "ld"):
+        to, registers = operands if name == "st" else operands[::-1]
+        machine.whole_warps()
+        if opcode[-3] != "32x32b":
+            raise ValueError("this shape is not there")
+        at = machine.address(to, lanes)
+        warp = machine.thread[lanes] // 32 % 4
+        if (at >> 16 != 32 * warp).any():
+            raise Fault("a warp has only its own 32 lanes of tensor memory")
+        lane, column = 32 * warp + machine.thread[lanes] % 32, at & 0xFFFF
+        place = machine.place[lanes]
+        if name == "st":
+            for offset, values in enumerate(machine.words(registers, 4, lanes)):
+                tensor.words[place, lane, column + offset] = values
+        else:
+            words = np.stack([tensor.words[place, lane, column + offset] for offset in range(len(registers))])
+            machine.take(registers, words, lanes)
+    elif name == "mma":
+        product(machine, opcode, lanes, *operands)
+    elif name == "commit":
+        for thread, at in zip(lanes.tolist(), machine.address(operands[0], lanes).tolist(), strict=True):
+            place = machine.place[thread]
+            barrier = machine.barriers[place, at]
+            barrier.reading += [every for program, every in tensor.reading if program == place]
+            tensor.reading = [(program, every) for program, every in tensor.reading if program != place]
+            barrier.arrive()
+            machine.arrivals += 1
+    elif name not in ("dealloc", "relinquish_alloc_permit", "wait::ld", "wait::st"):
+        raise ValueError(f"tcgen05.{name} is not there")
+
+
+def product(machine, opcode, threads, d, a, b, description, accumulate):
+    """d += A B^T (or = where not to accumulate), as told by an instruction descriptor; one thread of a program."""
+    tensor = machine.tensor
+    (description,) = np.unique(machine.registers[description][threads]).tolist()
+    kinds = {"kind::f16": ("f16", "bf16"), "kind::f8f6f4": ("e4m3",)}[opcode[-1]]
+    left_kind, right_kind = (kinds[description >> shift & 7] for shift in (7, 10))
+    n, m = (description >> 17 & 63) * 8, (description >> 24 & 31) * 16
+    if description >> 4 & 3 != 1 or description & 0b1110000000001111 or left_kind != right_kind or m != 128:
+        raise ValueError(f"instruction descriptor {description:#x} is not there")
+    size = 1 if right_kind == "e4m3" else 2
+    k = 32 // size
+    place = machine.place[threads]
+
+    def shared(register, rows, transposed):
+        descriptor = machine.registers[register][threads]
+        (mode,) = np.unique(descriptor >> np.uint64(61))
+        values, every = read(
+            machine, rows_at(descriptor, BLACKWELL[int(mode)], rows, k, size, transposed), threads, right_kind
+        )
+        np.add.at(machine.shared.busy, every, 1)
+        tensor.reading += list(zip(place.tolist(), every.reshape(len(threads), -1), strict=True))
+        return values
+
+    if isinstance(a, str):
+        rows = shared(a, m, bool(description >> 15 & 1))
+    else:
+        column = machine.address(a, threads) & 0xFFFF
+        words = np.stack([tensor.words[place, :, column + offset] for offset in range(8)], -1)
+        rows = floats(words, left_kind).reshape(len(threads), m, k)
+    columns = shared(b, n, bool(description >> 16 & 1)).transpose(0, 2, 1)
+    first = machine.address(d, threads) & 0xFFFF
+    at = place[:, None, None], np.arange(m)[None, :, None], first[:, None, None] + np.arange(n)
+    keep = np.broadcast_to(machine.get(accumulate, bool), machine.count)[threads]
+    before = np.where(keep[:, None, None], tensor.words[at].view(np.float32), 0).astype(np.float64)
+    tensor.words[at] = (before + rows @ columns).astype(np.float32).view(np.uint32)

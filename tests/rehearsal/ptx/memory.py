@@ -16,6 +16,13 @@ class Fault(RuntimeError):
     """What a GPU, or compute-sanitizer on one, would stop a kernel for."""
 
 
+def split(places):
+    """Each number among them, and where it is."""
+    if (places == places[0]).all():
+        return [(int(places[0]), slice(None))]
+    return [(place, places == place) for place in np.unique(places)]
+
+
 class GlobalMemory:
     """Ranges of this process's memory: [(first address, one past the last)]."""
 
@@ -49,8 +56,7 @@ class GlobalMemory:
         addresses = addresses.astype(np.int64)
         places = self._places(addresses, width * count)
         out = np.empty((count, len(addresses)), WORDS[width])
-        for place in np.unique(places):
-            chosen = places == place
+        for place, chosen in split(places):
             view, first = self._view(width, place)
             at = (addresses[chosen] - first) // width
             for word in range(count):
@@ -61,8 +67,7 @@ class GlobalMemory:
         """words [count, n] to addresses [n]."""
         addresses, width = addresses.astype(np.int64), words.itemsize
         places = self._places(addresses, width * len(words))
-        for place in np.unique(places):
-            chosen = places == place
+        for place, chosen in split(places):
             view, first = self._view(width, place)
             at = (addresses[chosen] - first) // width
             for word, values in enumerate(words):
@@ -82,9 +87,25 @@ class SharedMemory:
         self.written, self.writer = np.full(total, -1, np.int32), np.full(total, -1, np.int32)
         self.was_read, self.reader = np.full(total, -1, np.int32), np.full(total, -1, np.int32)
         self.pending = np.zeros(total, bool)
+        self.unfenced = np.zeros(total, bool)
+        """Written, and not yet for tensor cores to see."""
+        self.busy = np.zeros(total, np.int16)
+        """How many products of tensor cores may still be reading a byte."""
 
     def barrier(self, programs):
         self.turn[programs] += 1
+
+    def fence(self, warps):
+        """What these warps wrote tensor cores may read (fence.proxy.async)."""
+        self.unfenced &= ~np.isin(self.writer, warps)
+
+    def operand(self, addresses, width, programs, warps):
+        """Words [n] for tensor cores, and their bytes."""
+        words = self.read(addresses, width, 1, programs, warps, tracked=False)[0]
+        every = (self._at(addresses, width, programs)[:, None] + np.arange(width)).ravel()
+        if self.unfenced[every].any():
+            raise Fault("tensor cores read what was written with no fence.proxy.async after it")
+        return words, every
 
     def _at(self, addresses, width, programs):
         addresses = addresses.astype(np.int64)
@@ -94,7 +115,7 @@ class SharedMemory:
             raise Fault(f"shared address {int(addresses.max())}, {width} bytes, of {self.size} bytes")
         return addresses + programs * self.size
 
-    def read(self, addresses, width, count, programs, warps):
+    def read(self, addresses, width, count, programs, warps, tracked=True):
         """Words [count, n] from addresses [n] of the programs [n], for the warps [n] (numbered through)."""
         at = self._at(addresses, width * count, programs)
         every = (at[:, None] + np.arange(width * count)).ravel()
@@ -104,10 +125,11 @@ class SharedMemory:
             raise Fault("shared memory is read before the copy to it was waited for")
         if ((self.written[every] == turn) & (self.writer[every] != warps)).any():
             raise Fault("a race: shared memory is read that another warp wrote, with no barrier in between")
-        others = (self.was_read[every] == turn) & (self.reader[every] != warps)
-        self.reader[every], self.was_read[every] = np.where(others, SEVERAL, warps), turn
-        # several warps at once
-        self.reader[every[self.reader[every] != warps]] = SEVERAL
+        if tracked:
+            others = (self.was_read[every] == turn) & (self.reader[every] != warps)
+            self.reader[every], self.was_read[every] = np.where(others, SEVERAL, warps), turn
+            # several warps at once
+            self.reader[every[self.reader[every] != warps]] = SEVERAL
         return np.stack([self.views[width][at // width + word] for word in range(count)])
 
     def write(self, addresses, words, programs, warps):
@@ -128,7 +150,9 @@ class SharedMemory:
             self.pending[every].any()
         ):
             raise Fault("a race: shared memory is written that another warp touched, with no barrier in between")
-        self.written[every], self.writer[every] = turn, warps
+        if self.busy[every].any():
+            raise Fault("a race: shared memory is written that tensor cores may be reading")
+        self.written[every], self.writer[every], self.unfenced[every] = turn, warps, True
         if (self.writer[every] != warps).any() and not (  # several warps at once: the same, or a race
             self._agree(every, values)
         ):
