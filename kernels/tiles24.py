@@ -8,6 +8,7 @@ tensor cores (sm_89 and newer). float32 is multiplied as float32: right, and slo
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch.library import triton_op, wrap_triton
 
 from .launching import DTYPES, arch_of, check_parts, interpreted
@@ -46,7 +47,8 @@ def config(arch: int, m: int, n: int, k: int, dtype: torch.dtype) -> Config:
         rows = max(16, 1 << (m - 1).bit_length())
         # tensor memory takes 128 rows; eight warps: Triton 3.6 writes e4m3 byte by byte where a thread has 128
         columns = 128 if arch == 100 else 64
-        warps = 8 if arch == 100 and dtype is E4M3 else 4
+        # and sm_89 and 120 hold one program of 64 rows of 16 bit, and spill with four
+        warps = 8 if (dtype is E4M3 if arch == 100 else arch in (89, 120) and rows == 64 and dtype is not E4M3) else 4
         return _with_split(Config(rows, columns, 128, warps, 4), arch, m, n, k)
     if arch == 90:
         return Config(128, 128, 128 if dtype is E4M3 else 64, 8, 3, weights_first=False)
@@ -119,10 +121,11 @@ def launch(
     from . import tiles24_triton as kernels
 
     (m, k), n = x.shape, qdata.shape[0]
+    known = constants(_kernel_arch(x.device), x.dtype, config)
     flags = {"FP8": x_scale is not None, "BIAS": bias is not None, "SPLIT": config.split}
     tiles = -(-m // config.block_m) * -(-n // config.block_n)
     _wrapped(kernels._tiles24)[tiles, config.split](
-        x,
+        deal(x, known["CHUNK"]) if known["CHUNK"] else x.contiguous(),
         x_scale,
         qdata.view(torch.uint8),
         sparse_metadata,
@@ -133,7 +136,7 @@ def launch(
         n,
         k,
         **flags,
-        **constants(_kernel_arch(x.device), x.dtype, config),
+        **known,
         num_warps=config.warps,
         num_stages=config.stages,
     )
@@ -144,10 +147,25 @@ def launch(
         )
 
 
+def deal(x: torch.Tensor, chunk: int) -> torch.Tensor:
+    """x [M, K] with zeros up to a multiple of 128 columns, and in every 128 the chunks of the first 32, of the second,
+    third and last 32 in turns.
+
+    Any order of K serves a product that has both factors in it. Weights come in this order from the registers in which
+    they were expanded; x takes it here, where Inductor makes it part of what wrote x. In the kernel it would cost x a
+    second way through shared memory.
+    """
+    m, k = x.shape
+    if k % 128:
+        bits = x.contiguous().view(torch.uint8)  # e4m3 is not padded everywhere
+        x = F.pad(bits, (0, -k % 128 * x.element_size())).view(x.dtype)
+    return x.reshape(m, -1, 4, 32 // chunk, chunk).transpose(2, 3).reshape(m, -1)
+
+
 def constants(arch: int, dtype: torch.dtype, config: Config) -> dict[str, Any]:
     """What of `config` the kernel knows as constants, for x in `dtype`. arch: 0 for Triton's interpreter."""
     tall = (config.block_n if config.weights_first else config.block_m) >= 64 and config.warps % 4 == 0
-    # how many neighbours along K a thread has in a register of the instruction's operand (see `_deal`): wgmma with
+    # how many neighbours along K a thread has in a register of the instruction's operand (see `deal`): wgmma with
     # 16 bit two, Triton gives the others four
     chunk = 2 if arch == 90 and tall and dtype is not E4M3 else 4
     # weights that go on to shared or tensor memory keep their order, and so do those that no tensor core multiplies
@@ -195,7 +213,7 @@ def tiles24(
     if m and n:
         cut = config(arch_of(x.device), m, n, k, x.dtype)
         parts = x.new_empty((cut.split, m, n), dtype=torch.float32) if cut.split > 1 else None
-        launch(x.contiguous(), x_scale, qdata, sparse_metadata, scale, bias, y, parts, cut)
+        launch(x, x_scale, qdata, sparse_metadata, scale, bias, y, parts, cut)
     return y
 
 

@@ -452,11 +452,8 @@ def expand(values, metadata, DTYPE: tl.constexpr, ARCH: tl.constexpr):
 
 @triton.jit
 def _deal(t, CHUNK: tl.constexpr):
-    """[rows, K]: in every 128 columns the chunks of the first 32, of the second, third and last 32 take turns.
-
-    Any order of K serves a product that has both factors in it. In this one the four threads that share a row of a
-    tensor core's operand, CHUNK neighbours each, find there what they expanded: 32 neighbours each.
-    """
+    """[rows, K] as `tiles24.deal` has it: the four threads that share a row of a tensor core's operand, CHUNK
+    neighbours each, find there what they expanded, 32 neighbours each. Nothing moves."""
     rows: tl.constexpr = t.shape[0]
     columns: tl.constexpr = t.shape[1]
     t = t.reshape(rows, columns // 128, 4, 32 // CHUNK, CHUNK)
@@ -496,7 +493,11 @@ def _tiles24(
     CHUNK: tl.constexpr,
     ARCH: tl.constexpr,
 ):
-    """y [m, n] = x [m, K] W^T; with SPLIT > 1, the sums of each part of K to y float32 [SPLIT, m, n]."""
+    """y [m, n] = x [m, K] W^T; with SPLIT > 1, the sums of each part of K to y float32 [SPLIT, m, n].
+
+    With CHUNK, x is what `tiles24.deal` makes of x.
+    """
+    ROW: tl.constexpr = (K + 127) // 128 * 128 if CHUNK else K
     # programs next to each other share weights: GROUP blocks of rows, then the next block of columns
     GROUP: tl.constexpr = 8
     blocks_m, blocks_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
@@ -511,7 +512,7 @@ def _tiles24(
 
     # beyond the edge the last row is read again: its products are not stored
     weights = tl.minimum(tl.arange(0, BLOCK_N), n - 1 - first_n)[:, None]
-    tokens = tl.minimum(tl.arange(0, BLOCK_M), m - 1 - first_m)[:, None] * K
+    tokens = tl.minimum(tl.arange(0, BLOCK_M), m - 1 - first_m)[:, None] * ROW
     column = tl.arange(0, BLOCK_K)[None, :]
     q = qdata.to(tl.pointer_type(tl.int32)) + first_n.to(tl.int64) * (K // 8) + begin * (BLOCK_K // 8)
     q += weights * (K // 8) + tl.arange(0, BLOCK_K // 8)[None, :]
@@ -520,7 +521,7 @@ def _tiles24(
     s = sparse_metadata.to(tl.pointer_type(tl.int32)) if WORD == 4 else sparse_metadata
     s += first_n.to(tl.int64) * (K // 8 // WORD) + begin * (BLOCK_K // 8 // WORD)
     s += weights * (K // 8 // WORD) + tl.arange(0, BLOCK_K // 8 // WORD)[None, :]
-    t = x + first_m.to(tl.int64) * K + begin * BLOCK_K + tokens + column
+    t = x + first_m.to(tl.int64) * ROW + begin * BLOCK_K + tokens + column
     DTYPE: tl.constexpr = tl.bfloat16 if x.dtype.element_ty == tl.float32 else x.dtype.element_ty
 
     acc = tl.zeros((BLOCK_N, BLOCK_M) if WEIGHTS_FIRST else (BLOCK_M, BLOCK_N), tl.float32)
@@ -531,7 +532,7 @@ def _tiles24(
             inside = K // 8 - (begin + step) * (BLOCK_K // 8)
             word, byte = tl.arange(0, BLOCK_K // 8)[None, :], tl.arange(0, BLOCK_K // 8 // WORD)[None, :] * WORD
             values, metadata = tl.load(q, mask=word < inside, other=0), tl.load(s, mask=byte < inside, other=0)
-            tile = tl.load(t, mask=column < inside * 8, other=0.0)
+            tile = tl.load(t, mask=column < ROW - (begin + step) * BLOCK_K, other=0.0)
         if WORD == 1:  # the same word, from bytes
             four = metadata.to(tl.int32).reshape(BLOCK_N, BLOCK_K // 32, 4)
             metadata = tl.sum(four << (8 * tl.arange(0, 4)), axis=2)
@@ -539,7 +540,7 @@ def _tiles24(
             tile = tile.to(tl.float32)  # the interpreter multiplies the bits of bfloat16 as integers
         w = expand(values, metadata, DTYPE, ARCH).to(tile.dtype)
         if CHUNK:
-            w, tile = _deal(w, CHUNK), _deal(tile, CHUNK)
+            w = _deal(w, CHUNK)
         if WEIGHTS_FIRST:
             acc = tl.dot(w, tile.T, acc, input_precision="ieee", max_num_imprecise_acc=BLOCK_K)
         else:

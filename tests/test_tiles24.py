@@ -10,11 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import rehearsal
 from hwpq_fx.kernels import Float8Sparse24Tensor, quantize_rows, unpack24
 from hwpq_fx.kernels import tiles24 as module
+from hwpq_fx.kernels.launching import arch_of
 from hwpq_fx.kernels.pack24 import PATTERNS
 from hwpq_fx.kernels.quantize_rows import E4M3
-from hwpq_fx.kernels.tiles24 import Config, candidates, config, launch, product, tiles24, why_not
+from hwpq_fx.kernels.tiles24 import Config, candidates, config, deal, launch, product, tiles24, why_not
 
 triton = pytest.importorskip("triton")
 tl = triton.language
@@ -119,6 +121,37 @@ def test_a_default_cut_of_k_is_added_up(fp8):
     assert config(90, 2, 16, 2048, given[0].dtype).split > 1
     check(tiles24(*given), *given)
     assert torch.equal(tiles24(*given), tiles24(*given))
+
+
+@pytest.mark.parametrize("chunk", [2, 4])
+@pytest.mark.parametrize(("k", "dtype"), [(256, torch.bfloat16), (136, torch.float16), (392, E4M3)])
+def test_deal(chunk, k, dtype):
+    x = torch.randn(3, k).to(dtype)
+    dealt = deal(x, chunk).float()
+    assert dealt.shape == (3, -(-k // 128) * 128)
+    padded = torch.nn.functional.pad(x.float(), (0, -k % 128))
+    for column in range(dealt.shape[1]):
+        inside = column % 128
+        # of every 128: which 32 of them, and which chunk of these
+        quarter, turn = inside // chunk % 4, inside // chunk // 4
+        assert torch.equal(dealt[:, column], padded[:, column - inside + 32 * quarter + turn * chunk + column % chunk])
+
+
+@pytest.mark.skipif(not rehearsal.ON, reason="counted in rehearsal only")
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("m", [16, 64])
+def test_few_rows_have_no_bank_conflicts(monkeypatch, m, fp8):
+    from rehearsal.ptx import memory
+
+    if torch.cuda.get_device_capability()[0] == 10:
+        pytest.skip("tensor memory takes a whole row from a thread: packed values are read four rows from one bank")
+    given = arguments(m, 128, 512, torch.bfloat16, fp8)
+    cut = config(arch_of(given[0].device), m, 4096, 4096, given[0].dtype)._replace(split=1)
+    monkeypatch.setattr(memory, "traffic", [])
+    check(run(given, cut), *given)
+    taken, needed = (sum(column) for column in zip(*memory.traffic, strict=True))
+    print(f"{taken} wavefronts, {needed} for the same bytes")
+    assert taken <= 1.02 * needed
 
 
 # the format, in every pattern and with every byte

@@ -74,6 +74,20 @@ class GlobalMemory:
                 view[at + word] = values[chosen]
 
 
+traffic = None
+"""Where a list, every access to shared memory adds what it takes and what the same bytes would take at best."""
+
+
+def note(addresses, width, warps):
+    """Wavefronts: one word from each of 32 banks. Accesses of 16 bytes go by eight threads, of 8 bytes by 16."""
+    at_once = min(32, 128 // max(width, 4))
+    words = addresses[:, None] // 4 + np.arange(-(-width // 4))
+    for warp in np.unique(warps):
+        mine = words[warps == warp]
+        parts = [np.unique(mine[first : first + at_once]) for first in range(0, len(mine), at_once)]
+        traffic.append((sum(np.bincount(part % 32).max() for part in parts), -(-len(np.unique(mine)) // 32)))
+
+
 class SharedMemory:
     """`size` bytes for each of some programs, full of NaN (0xFF) to begin with."""
 
@@ -118,6 +132,8 @@ class SharedMemory:
     def read(self, addresses, width, count, programs, warps, tracked=True):
         """Words [count, n] from addresses [n] of the programs [n], for the warps [n] (numbered through)."""
         at = self._at(addresses, width * count, programs)
+        if tracked and traffic is not None:
+            note(addresses.astype(np.int64), width * count, warps)
         every = (at[:, None] + np.arange(width * count)).ravel()
         warps = np.repeat(warps, width * count)
         turn = np.repeat(self.turn[programs], width * count)
@@ -135,6 +151,8 @@ class SharedMemory:
     def write(self, addresses, words, programs, warps):
         width, count = words.itemsize, len(words)
         at = self._at(addresses, width * count, programs)
+        if traffic is not None:
+            note(addresses.astype(np.int64), width * count, warps)
         for word, values in enumerate(words):
             self.claim(at + word * width, values, warps, self.turn[programs])
             self.views[width][at // width + word] = values
@@ -175,6 +193,8 @@ class Copies:
 
     def start(self, shared, threads, at, data, warps, turn):
         """data [n, width] to the bytes from at [n] on."""
+        if traffic is not None:
+            note(at, data.shape[1], warps)
         every = at[:, None] + np.arange(data.shape[1])
         shared.claim(every.ravel(), data.ravel(), np.repeat(warps, data.shape[1]), np.repeat(turn, data.shape[1]))
         shared.pending[every] = True
