@@ -1,7 +1,7 @@
 """Triton kernel of `prune_pack24`: a program per row of W.
 
-A row is gone through for its power of two, for the largest weight that stays (the scale), and for the values. Only
-the first time comes from memory; comparing again costs less than keeping the choice.
+A row is gone through for its power of two, for what stays (the indices, and the largest of it: the scale), and for the
+values. Only the first time comes from memory; the indices are read back as they were written.
 """
 
 from typing import Any
@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .cubin import Specimen
+from .launching import arch_of, interpreted
 from .saliency import Terms
 from .select24_triton import EXACT, TYPES, best_two, count4, fours, load_row, row_powers, scored, term_types
 
@@ -27,6 +28,17 @@ def e4m3_bits(x):
     small = (tl.abs(x) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
     rounded = tl.where(size < 0x3C800000, small, normal)
     return rounded | tl.where((bits < 0) & (rounded != 0), 0x80, 0)
+
+
+@triton.jit
+def e4m3(x, HARDWARE: tl.constexpr):
+    """x float32 -> e4m3 as uint8, 448 at most; zero without a sign. HARDWARE: converted by the GPU (sm_89 and newer),
+    which does the same but for that sign."""
+    if HARDWARE:
+        bits = tl.where(tl.abs(x) <= 0.0009765625, 0.0, x).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    else:
+        bits = e4m3_bits(tl.minimum(tl.maximum(x, -448.0), 448.0)).to(tl.uint8)
+    return bits
 
 
 @triton.jit
@@ -55,6 +67,7 @@ def prune_pack24_kernel(
     k,
     SALIENCY: tl.constexpr,
     BLOCK: tl.constexpr,
+    HARDWARE: tl.constexpr,
 ):
     """SALIENCY "": by the mask."""
     n = tl.program_id(0).to(tl.int64)
@@ -82,26 +95,27 @@ def prune_pack24_kernel(
         if SALIENCY == "":
             inside = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4) < k // 4
             wrong |= (inside & (count4(keep[0], keep[1], keep[2], keep[3]) != 2)).to(tl.int32)
-        block += 1
-    scale = tl.maximum(tl.div_rn(tl.max(peak), 448.0), 1.1754943508222875e-38)
-
-    block = 0
-    while block * BLOCK < k:
-        at = block * BLOCK + tl.arange(0, BLOCK)
-        w = load_row(w_ptr, at, k)
-        keep = kept(w, at, k, first, second, channel_ptr, row, column_ptr, whole_ptr, mask_ptr, SALIENCY)
-        a, b, c, d = fours(w)
         # two are kept, so the first and the last flag tell the pattern
-        low = tl.where(keep[0], a, tl.where(keep[1], b, c))
-        high = tl.where(keep[3], d, tl.where(keep[2], c, b))
-        values = tl.reshape(tl.join(low, high), [BLOCK // 2])
-        values = tl.minimum(tl.maximum(tl.div_rn(values, scale), -448.0), 448.0)
-        at = block * (BLOCK // 2) + tl.arange(0, BLOCK // 2)
-        tl.store(qdata_ptr + n * (k // 2) + at, e4m3_bits(values).to(tl.uint8), mask=at < k // 2)
         nibble = tl.where(keep[0], 0, tl.where(keep[1], 1, 2)) | tl.where(keep[3], 12, tl.where(keep[2], 8, 4))
         early, late = tl.split(tl.reshape(nibble, [BLOCK // 8, 2]))
         at = block * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
         tl.store(metadata_ptr + n * (k // 8) + at, (early | (late << 4)).to(tl.uint8), mask=at < k // 8)
+        block += 1
+    scale = tl.maximum(tl.div_rn(tl.max(peak), 448.0), 1.1754943508222875e-38)
+
+    tl.debug_barrier()  # other threads' indices
+    block = 0
+    while block * BLOCK < k:
+        at = block * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
+        pair = tl.load(metadata_ptr + n * (k // 8) + at, mask=at < k // 8, other=0).to(tl.int32)
+        nibble = tl.reshape(tl.join(pair & 15, pair >> 4), [BLOCK // 4])
+        a, b, c, d = fours(load_row(w_ptr, block * BLOCK + tl.arange(0, BLOCK), k))
+        low = tl.where((nibble & 3) == 0, a, tl.where((nibble & 3) == 1, b, c))
+        high = tl.where(nibble >= 12, d, tl.where(nibble >= 8, c, b))
+        values = tl.reshape(tl.join(low, high), [BLOCK // 2])
+        values = e4m3(tl.div_rn(values, scale), HARDWARE)
+        at = block * (BLOCK // 2) + tl.arange(0, BLOCK // 2)
+        tl.store(qdata_ptr + n * (k // 2) + at, values, mask=at < k // 2)
         block += 1
     if SALIENCY == "":
         scale = tl.where(tl.max(wrong) != 0, float("nan"), scale)
@@ -121,21 +135,23 @@ def launch(
     `terms` of its score, by comparison. A row whose mask is not 2:4 gets NaN for its scale."""
     rows, cols = weight.shape
     read = [*(terms or Terms()), None if mask is None else mask.contiguous().view(torch.uint8)]
-    constants, options = _as_launched(cols, saliency if mask is None else "")
+    arch = 0 if interpreted() else arch_of(weight.device)
+    constants, options = _as_launched(arch, cols, saliency if mask is None else "")
     written = (qdata.view(torch.uint8), sparse_metadata, scale)
     with torch.cuda.device_of(weight):
         prune_pack24_kernel[(rows,)](weight.contiguous(), *read, *written, cols, **constants, **options)
 
 
-def _as_launched(cols: int, saliency: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _as_launched(arch: int, cols: int, saliency: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """arch: 0 for Triton's interpreter."""
     block = min(2048, triton.next_power_of_2(cols))
-    constants = {"SALIENCY": saliency, "BLOCK": block}
+    constants = {"SALIENCY": saliency, "BLOCK": block, "HARDWARE": arch >= 89}
     return constants, EXACT | {"num_warps": 4}
 
 
 def specimens(arch: int) -> list[Specimen]:
     return [
-        _specimen(dtype, saliency, cols)
+        _specimen(arch, dtype, saliency, cols)
         for dtype, saliency, cols in (
             (torch.bfloat16, "", 896),
             (torch.bfloat16, "", 4096),  # the same kernel from 2048 on
@@ -151,8 +167,8 @@ def specimens(arch: int) -> list[Specimen]:
     ]
 
 
-def _specimen(dtype: torch.dtype, saliency: str, cols: int) -> Specimen:
-    constants, options = _as_launched(cols, saliency)
+def _specimen(arch: int, dtype: torch.dtype, saliency: str, cols: int) -> Specimen:
+    constants, options = _as_launched(arch, cols, saliency)
     types = term_types(saliency) if saliency else {"mask_ptr": "*u8"}
     read = ("channel_ptr", "row_ptr", "column_ptr", "whole_ptr", "mask_ptr")
     absent = {name: None for name in read if name not in types}

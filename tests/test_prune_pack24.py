@@ -123,17 +123,20 @@ def test_kernel_marks_rows_whose_mask_is_not_24():
 
 
 if triton is not None:
-    from hwpq_fx.kernels.prune_pack24_triton import e4m3_bits as e4m3
+    from hwpq_fx.kernels.prune_pack24_triton import e4m3
 
     @triton.jit
-    def rounding(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    def rounding(x_ptr, out_ptr, HARDWARE: tl.constexpr, BLOCK: tl.constexpr):
         at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        tl.store(out_ptr + at, e4m3(tl.load(x_ptr + at)).to(tl.uint8))
+        tl.store(out_ptr + at, e4m3(tl.load(x_ptr + at), HARDWARE))
 
 
 @needs_triton
+@pytest.mark.parametrize("hardware", [False, True])
 @pytest.mark.parametrize("kind", ["all bfloat16", "all float16", "float32", "ties"])
-def test_rounding_to_e4m3_is_torchs(kind):
+def test_rounding_to_e4m3_is_torchs(kind, hardware):
+    if hardware and (DEVICE == "cpu" or torch.cuda.get_device_capability() < (8, 9)):
+        pytest.skip("no e4m3 in hardware")
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32)
     if kind == "float32":
         x = torch.randint(-(2**31), 2**31, (2**16,)).to(torch.int32).view(torch.float32)
@@ -144,11 +147,12 @@ def test_rounding_to_e4m3_is_torchs(kind):
         x = torch.cat([sign * part for part in around for sign in (1, -1)])
     else:
         x = bits.to(torch.int16).view(torch.bfloat16 if kind == "all bfloat16" else torch.float16).float()
-    x = x[x.isfinite()].clamp(-448, 448)
+    beyond = torch.tensor([448.1, 500.0, 3e38, -449.0, -1e4])
+    x = torch.cat([x[x.isfinite()], beyond])
     x = torch.nn.functional.pad(x, (0, -len(x) % 1024)).to(DEVICE)
     out = torch.empty(len(x), dtype=torch.uint8, device=DEVICE)
-    rounding[(len(x) // 1024,)](x, out, BLOCK=1024)
-    expected = x.to(E4M3).view(torch.uint8)
+    rounding[(len(x) // 1024,)](x, out, hardware, BLOCK=1024)
+    expected = x.clamp(-448, 448).to(E4M3).view(torch.uint8)
     assert torch.equal(out, expected.masked_fill(expected == 0x80, 0))
 
 
