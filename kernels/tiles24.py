@@ -38,8 +38,8 @@ def config(arch: int, m: int, n: int, k: int, dtype: torch.dtype) -> Config:
     """A config for x [m, k] of `dtype` (e4m3 for the FP8 form) and W [n, k] on compute capability `arch`.
 
     By reasoning, not yet by measurement. Few rows wait for memory: small programs, several to a multiprocessor, so
-    that 30 kB or more are on their way to each. Many rows wait for tensor cores: weights are expanded once for 128
-    rows, and two programs fit a multiprocessor, where the registers allow, so that one expands while one multiplies.
+    that 30 kB or more are on their way to each. Many rows wait for tensor cores, and for the shared memory that feeds
+    them: weights reach them from registers, expanded once for 128 or 256 rows.
     """
     if dtype is torch.float32:
         return _with_split(Config(16, 32, 32, 4, 2), arch, m, n, k)
@@ -50,8 +50,10 @@ def config(arch: int, m: int, n: int, k: int, dtype: torch.dtype) -> Config:
         # and sm_89 and 120 hold one program of 64 rows of 16 bit, and spill with four
         warps = 8 if (dtype is E4M3 if arch == 100 else arch in (89, 120) and rows == 64 and dtype is not E4M3) else 4
         return _with_split(Config(rows, columns, 128, warps, 4), arch, m, n, k)
-    if arch == 90:
-        return Config(128, 128, 128 if dtype is E4M3 else 64, 8, 3, weights_first=False)
+    if arch in (90, 100):
+        # 256 rows where that leaves no multiprocessor idle
+        wide = -(-m // 256) * -(-n // 128) >= SMS[arch]
+        return Config(256 if wide else 128, 128, 128, 8, 3 if dtype is E4M3 else 2)
     return Config(128, 128, 128, 8, 2 if dtype is not E4M3 else 3, weights_first=arch != 80)
 
 
@@ -81,13 +83,16 @@ def candidates(arch: int, m: int, n: int, k: int, dtype: torch.dtype) -> list[Co
     else:
         others = [
             Config(rows, columns, steps, warps, stages, weights_first=order)
-            for rows, columns, steps, warps, stages in (
-                (64, 128, 128, 4, 3),
-                (128, 64, 128, 4, 2),
-                (128, 128, 64, 8, 3),
-                (128, 128, 128, 8, 2),
+            for rows, columns, steps, warps, stages, order in (
+                (64, 128, 128, 4, 3, True),
+                (128, 64, 128, 4, 2, True),
+                (128, 128, 128, 8, 2, True),
+                (128, 128, 128, 8, 3, True),
+                (256, 128, 128, 8, 2, True),
+                (256, 128, 128, 8, 3, True),
+                (128, 128, 64, 8, 3, False),
+                (128, 128, 128, 8, 2, False),
             )
-            for order in (True, False)
         ]
     return list(dict.fromkeys([first, *others]))
 

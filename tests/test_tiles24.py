@@ -123,6 +123,14 @@ def test_a_default_cut_of_k_is_added_up(fp8):
     assert torch.equal(tiles24(*given), tiles24(*given))
 
 
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("m", [16, 64, 512, 4096])
+def test_configs_of_large_weights(m, fp8):
+    given = arguments(min(m, 300), 136, 648, torch.bfloat16, fp8)
+    cut = config(arch_of(given[0].device), m, 4096, 4096, given[0].dtype)
+    check(run(given, cut._replace(split=1)), *given)
+
+
 @pytest.mark.parametrize("chunk", [2, 4])
 @pytest.mark.parametrize(("k", "dtype"), [(256, torch.bfloat16), (136, torch.float16), (392, E4M3)])
 def test_deal(chunk, k, dtype):
