@@ -6,7 +6,7 @@
 #   --seconds N       stop after so many seconds; default 580
 #   --dry-run         print the commands and run nothing
 #   step              smoke pytest memcheck racecheck tune quick bench; default these, in this order
-#                     block accuracy: only by name, with most of the time for themselves, as in
+#                     block tiles accuracy: only by name, with most of the time for themselves, as in
 #                     benchmarks/gpu.sh --wheels FOLDER block accuracy
 #
 # accuracy trains the model of small_llama.py first, unless a run before on this machine did: where the time is not
@@ -23,7 +23,7 @@ while [ $# -gt 0 ]; do
         case $1 in --wheels) wheels=$2 ;; --python) python=$2 ;; --seconds) seconds=$2 ;; esac
         shift ;;
     --dry-run) dry=1 ;;
-    smoke | pytest | memcheck | racecheck | tune | quick | bench | block | accuracy) steps+=("$1") ;;
+    smoke | pytest | memcheck | racecheck | tune | quick | bench | block | tiles | accuracy) steps+=("$1") ;;
     *) echo "unknown: $1 (see the head of $0)" >&2; exit 2 ;;
     esac
     shift
@@ -110,6 +110,7 @@ for name in "${steps[@]}"; do
     tune) step tune 80 "${cli[@]}" tune --quick --model llama-3-8b ;;
     quick) step quick 130 "${cli[@]}" bench --quick --budget 110 "${results[@]}" ;;
     block) step block 150 "${script[@]}" benchmarks/block.py --device cuda --out "$out/results/block.json" ;;
+    tiles) step tiles 300 "${script[@]}" benchmarks/tiles.py --seconds 280 --out "$out/results/tiles.json" ;;
     accuracy)
         step train 330 "${script[@]}" benchmarks/small_llama.py --device cuda --seconds 200
         step accuracy "$seconds" "${script[@]}" benchmarks/accuracy.py --device cuda --out "$out/results/accuracy-cuda.json"
@@ -126,7 +127,7 @@ shutil.copy(user_table_file(torch.cuda.get_device_name()), sys.argv[1])' "$out/t
     printf '\n'
     grep -E '^(BAD|not launched|FAILED|ERROR|=+ .*(passed|failed))|ERROR SUMMARY|RACECHECK SUMMARY' "$log" | cut -c1-160 | tail -40
     grep -A 18 ': LLaMA-3-8B$' "$log" | tail -19
-    grep -E '^(block|parameters|perplexity|dense|seed) ' "$log" | cut -c1-160 | tail -70
+    grep -E '^(block|tiles|parameters|perplexity|dense|seed) ' "$log" | cut -c1-160 | tail -70
     printf '\n'
     cat "$summary"
 fi

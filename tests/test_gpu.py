@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -308,6 +309,16 @@ def test_the_clock_says_where_it_cannot_replay():
     assert line["status"] == "ok" and line["not_replayed"] and line["median_us"] > 0
     # and the next one can
     assert measured(CudaClock(), [lambda: torch.ones(8, device=DEVICE)], 4, is_one, 0.01)["not_replayed"] == ""
+
+
+def test_the_cuts_of_tiles_are_measured(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    tiles = import_module("tiles")
+    monkeypatch.setattr(tiles, "rotation", lambda *sizes: (2, 2))
+    some = tiles.candidates
+    monkeypatch.setattr(tiles, "candidates", lambda *problem: some(*problem)[:2])
+    made = list(tiles.lines(CudaClock(), 17, N, K, False, 0.001))
+    assert [line["status"] for line in made] == ["ok"] * 2 and made[0]["config"] != made[1]["config"], made
 
 
 def test_longer_work_takes_longer():

@@ -131,6 +131,20 @@ def test_configs_of_large_weights(m, fp8):
     check(run(given, cut._replace(split=1)), *given)
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="these differ in what the compiler makes of them")
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("m", [16, 130])
+def test_every_candidate(m, fp8):
+    given = arguments(m, 136, 648, torch.bfloat16, fp8)
+    for cut in candidates(arch_of(given[0].device), m, 4096, 4096, given[0].dtype):
+        try:
+            made = run(given, cut)
+        except triton.runtime.OutOfResources:
+            assert cut != config(arch_of(given[0].device), m, 4096, 4096, given[0].dtype)
+            continue
+        check(made, *given)
+
+
 @pytest.mark.parametrize("chunk", [2, 4])
 @pytest.mark.parametrize(("k", "dtype"), [(256, torch.bfloat16), (136, torch.float16), (392, E4M3)])
 def test_deal(chunk, k, dtype):
