@@ -49,7 +49,9 @@ def config(arch: int, m: int, n: int, k: int, dtype: torch.dtype) -> Config:
         columns = 128 if arch == 100 else 64
         # and sm_89 and 120 hold one program of 64 rows of 16 bit, and spill with four
         warps = 8 if (dtype is E4M3 if arch == 100 else arch in (89, 120) and rows == 64 and dtype is not E4M3) else 4
-        return _with_split(Config(rows, columns, 128, warps, 4), arch, m, n, k)
+        # a step is 5 kB of weights: where a multiprocessor has one or two programs, 30 kB ask for more steps
+        stages = 4 if arch != 90 else 6 if rows <= 32 or dtype is E4M3 else 5
+        return _with_split(Config(rows, columns, 128, warps, stages), arch, m, n, k)
     if arch in (90, 100):
         # 256 rows where that leaves no multiprocessor idle
         wide = -(-m // 256) * -(-n // 128) >= SMS[arch]
@@ -76,7 +78,13 @@ def candidates(arch: int, m: int, n: int, k: int, dtype: torch.dtype) -> list[Co
         return [first]
     if m <= 64:
         others = [first._replace(split=split) for split in (1, 2, 4, 8) if k >= 2 * split * first.block_k]
-        changes: list[dict[str, Any]] = [{"stages": 3}, {"block_n": 128, "warps": 8}, {"block_n": 32, "warps": 2}]
+        changes: list[dict[str, Any]] = [
+            {"stages": 3},
+            {"stages": 4},
+            {"stages": 8},
+            {"block_n": 128, "warps": 8},
+            {"block_n": 32, "warps": 2},
+        ]
         if arch not in (89, 120):  # they spill there
             changes += [{"block_n": 192 - first.block_n}, {"block_k": 256, "stages": 2}]
         others += [_with_split(first._replace(**change), arch, m, n, k) for change in changes]

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rehearsal.ptx import Fault, launch, numbers, read
+from rehearsal.ptx.machine import SHARED_BASE
 
 WORD = st.integers(0, 2**32 - 1)
 FLOAT = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -30,12 +31,12 @@ def kernel(body, threads=64, registers=""):
     )
 
 
-def ran(body, threads=64, programs=1, given=None, extra=0, registers=""):
+def ran(body, threads=64, programs=1, given=None, extra=0, registers="", shared=0):
     """What lies in memory afterwards: int32, one word a thread of a program unless `given`."""
     memory = np.zeros(threads, np.int32) if given is None else np.array(given, np.int32)
     first = memory.ctypes.data
     ranges = [(first, first + memory.nbytes + extra)]
-    launch(kernel(body, threads, registers), (programs, 1, 1), 4 * threads, [first], ranges)
+    launch(kernel(body, threads, registers), (programs, 1, 1), shared or 4 * threads, [first], ranges)
     return memory
 
 
@@ -122,6 +123,56 @@ def test_a_barrier_is_for_all_threads_and_a_warp_keeps_together():
         ran(apart.format(40, "redux.sync.add.s32 %r2, %r1, -1;"))
     with pytest.raises(Fault, match="not there"):
         ran(apart.format(40, "shfl.sync.bfly.b32 %r2, %r1, 16, 31, -1;"))
+
+
+ONES = 0x3C003C00  # of float16
+WGMMA = """mov.b32 %r2, {ones}; st.shared.b32 [%r4], %r2; {fence} bar.sync 0;
+    mov.b64 %rd4, {descriptor}; mov.pred %p1, 0; wgmma.fence.sync.aligned;
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16
+    {{%r10, %r11, %r12, %r13}}, {{%r2, %r2, %r2, %r2}}, %rd4, %p1, 1, 1, 0;
+    wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;
+    add.f32 %r10, %r10, %r13; st.global.b32 [%rd2], %r10;"""
+
+
+def test_tensor_cores_see_what_is_fenced():
+    descriptor = SHARED_BASE >> 4 | 128 >> 4 << 16
+    body = WGMMA.format(ones=ONES, descriptor=descriptor, fence="fence.proxy.async.shared::cta;")
+    assert (ran(body, threads=128).view(np.float32) == 2 * 16).all()
+    with pytest.raises(Fault, match=r"no fence\.proxy\.async"):
+        ran(WGMMA.format(ones=ONES, descriptor=descriptor, fence=""), threads=128)
+    with pytest.raises(Fault, match="a warpgroup is not together"):
+        ran(f"setp.lt.u32 %p2, %r1, 64; @%p2 ret; {body.replace('bar.sync 0;', '')}", threads=128)
+
+
+TCGEN05 = f"""setp.lt.u32 %p1, %r1, 32; setp.eq.u32 %p2, %r1, 0; mov.pred %p3, 0; add.s32 %r8, %r3, 4624;
+    @%p1 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r3+4608], 32;
+    {"".join(f"st.shared.b32 [%r4+{512 * part}], {ONES};" for part in range(9))}
+    fence.proxy.async.shared::cta; @%p2 mbarrier.init.shared::cta.b64 [%r8], 1; bar.sync 0;
+    ld.shared.b32 %r6, [%r3+4608]; mov.b64 %rd4, {{a}}; mov.b64 %rd5, {{b}}; mov.b32 %r7, {{description}};
+    @%p2 tcgen05.mma.cta_group::1.kind::f16 [ %r6 + 0 ], %rd4, %rd5, %r7, %p3; {{then}}
+    L1: mbarrier.try_wait.parity.shared::cta.b64 %p4, [%r8], 0; @!%p4 bra L1; {{last}}
+    and.b32 %r9, %r1, 96; shl.b32 %r9, %r9, 16; add.s32 %r9, %r9, %r6;
+    tcgen05.ld.sync.aligned.32x32b.x1.b32 {{{{%r10}}}}, [%r9 + {{column}}]; tcgen05.wait::ld.sync.aligned;
+    st.global.b32 [%rd2], %r10;"""
+COMMIT = "@%p2 tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r8];"
+
+
+def blackwell(then, last="", column=15):
+    a, b = ((SHARED_BASE + at) >> 4 | 128 >> 4 << 16 | 256 >> 4 << 32 | 1 << 46 for at in (0, 4096))
+    description = 1 << 4 | 16 // 8 << 17 | 128 // 16 << 24  # float32 from float16, N = 16, M = 128
+    body = TCGEN05.format(a=a, b=b, description=description, then=then, last=last, column=column)
+    return ran(body, threads=128, programs=2, shared=4640).view(np.float32)
+
+
+def test_tensor_memory_and_what_a_product_still_reads():
+    assert (blackwell(COMMIT) == 16).all()
+    assert np.isnan(blackwell(COMMIT, column=16)).all()  # beyond the product nothing was written
+    write = "st.shared.b32 [%r4], %r1;"
+    assert (blackwell(COMMIT, last=write) == 16).all()
+    with pytest.raises(Fault, match="tensor cores may be reading"):
+        blackwell(COMMIT + write)
+    with pytest.raises(Fault, match="wait for others for ever"):
+        blackwell("")
 
 
 def test_what_is_not_understood_is_said():
