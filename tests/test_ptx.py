@@ -140,6 +140,11 @@ def test_tensor_cores_see_what_is_fenced():
     assert (ran(body, threads=128).view(np.float32) == 2 * 16).all()
     with pytest.raises(Fault, match=r"no fence\.proxy\.async"):
         ran(WGMMA.format(ones=ONES, descriptor=descriptor, fence=""), threads=128)
+    waited = "wgmma.wait_group.sync.aligned 0;"
+    write = "bar.sync 0; st.shared.b32 [%r4], %r1;"
+    assert (ran(body.replace(waited, waited + write), threads=128).view(np.float32) == 2 * 16).all()
+    with pytest.raises(Fault, match="tensor cores may be reading"):
+        ran(body.replace(waited, write + waited), threads=128)
     with pytest.raises(Fault, match="a warpgroup is not together"):
         ran(f"setp.lt.u32 %p2, %r1, 64; @%p2 ret; {body.replace('bar.sync 0;', '')}", threads=128)
 

@@ -88,6 +88,7 @@ class Machine:
         self.shared = SharedMemory(len(programs), shared + SHARED_BASE)
         self.copies = Copies(self.count)
         self.tensor = matrices.TensorMemory(len(programs))
+        self.reads = matrices.Reads(-(-self.count // 128))
         self.barriers = {}
         self.arrivals = 0
         """At any mbarrier."""

@@ -173,8 +173,34 @@ def rows_at(descriptor, swizzle, rows, k, size, transposed):
     return at ^ ((at >> 7 & (1 << swizzle) - 1) << 4)
 
 
+class Reads:
+    """Shared memory that wgmma may still be reading, in groups, by warpgroup."""
+
+    def __init__(self, warpgroups):
+        self.closed = np.zeros(warpgroups, np.int64)
+        self.under_way = []
+
+    def start(self, shared, warpgroups, every):
+        np.add.at(shared.busy, every, 1)
+        self.under_way.append((warpgroups, every.reshape(len(warpgroups), -1), self.closed[warpgroups]))
+
+    def wait(self, shared, warpgroups, left):
+        rest = []
+        for began, every, group in self.under_way:
+            done = np.isin(began, warpgroups) & (group < self.closed[began] - left)
+            np.subtract.at(shared.busy, every[done].ravel(), 1)
+            if not done.all():
+                rest.append((began[~done], every[~done], group[~done]))
+        self.under_way = rest
+
+
 def wgmma(machine, opcode, *operands):
     if opcode[1] != "mma_async":
+        warpgroups = np.unique(machine.lanes() // 128)
+        if opcode[1] == "commit_group":
+            machine.reads.closed[warpgroups] += 1
+        elif opcode[1] == "wait_group":
+            machine.reads.wait(machine.shared, warpgroups, int(operands[0], 0))
         return
     shape, kind = opcode[-4], opcode[-2]
     d, a, b, accumulate, *flags = operands
@@ -215,7 +241,10 @@ def operand(machine, register, groups, rows, k, size, kind, transposed):
         raise Fault("a warpgroup's threads differ in their descriptor")
     first = 128 * groups
     (mode,) = np.unique(descriptor >> np.uint64(62))
-    return read(machine, rows_at(descriptor[:, 0], HOPPER[int(mode)], rows, k, size, transposed), first, kind)[0]
+    at = rows_at(descriptor[:, 0], HOPPER[int(mode)], rows, k, size, transposed)
+    values, every = read(machine, at, first, kind)
+    machine.reads.start(machine.shared, groups, every)
+    return values
 
 
 def read(machine, at, threads, kind):

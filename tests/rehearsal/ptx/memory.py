@@ -212,6 +212,8 @@ class Copies:
             done = chosen[began] & (group < self.groups[began] - left)
             shared.pending[every[done]] = False
             shared.bytes[every[done]] = data[done]
+            # tensor cores see it without a fence: CUTLASS's loops of cp.async have none, nor has Triton before 3.9
+            shared.unfenced[every[done]] = False
             shared.written[every[done]] = shared.turn[programs[began[done]], None]
             shared.writer[every[done]] = warps[done, None]
             if not done.all():
