@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rehearsal.ptx import Fault, launch, numbers, read
-from rehearsal.ptx.machine import SHARED_BASE
+from rehearsal.ptx.memory import SHARED_BASE
 
 WORD = st.integers(0, 2**32 - 1)
 FLOAT = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -55,8 +55,10 @@ def test_addresses_are_those_of_arguments():
 
 
 def test_shared_memory_ends():
-    with pytest.raises(Fault, match="shared address"):
+    with pytest.raises(Fault, match="shared address 256, 4 bytes, of 256 bytes"):
         ran("st.shared.b32 [%r4 + 256], %r1;")
+    with pytest.raises(Fault, match="shared address -4"):
+        ran("add.s32 %r4, %r4, -4; ld.shared.b32 %r2, [%r4];")
 
 
 SWAP = "st.shared.b32 [%r4], %r1; {} ld.shared.b32 %r2, [%r5]; st.global.b32 [%rd2], %r2;"

@@ -10,7 +10,7 @@ from functools import reduce
 import numpy as np
 
 from . import matrices
-from .memory import Copies, Fault, GlobalMemory, SharedMemory
+from .memory import SHARED_BASE, Copies, Fault, GlobalMemory, SharedMemory
 from .numbers import (
     E4M3,
     FLOATS,
@@ -35,8 +35,6 @@ from .source import Kernel, read
 
 AT_ONCE = 1 << 14
 """Threads."""
-SHARED_BASE = 1024
-"""Where a program's shared memory begins: a multiple of what the widest swizzle wants."""
 POISON = 0x7FEDBEEF7FEDBEEF
 """What registers hold before they are written: NaN, or no address."""
 
@@ -85,7 +83,7 @@ class Machine:
         """Which of these programs a thread is of."""
         self.warp = np.arange(self.count) // 32
         self.program = np.repeat(programs, threads)
-        self.shared = SharedMemory(len(programs), shared + SHARED_BASE)
+        self.shared = SharedMemory(len(programs), shared)
         self.copies = Copies(self.count)
         self.tensor = matrices.TensorMemory(len(programs))
         self.reads = matrices.Reads(-(-self.count // 128))

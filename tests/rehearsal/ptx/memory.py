@@ -10,6 +10,8 @@ import numpy as np
 
 WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: None, 32: None}
 SEVERAL = -2
+SHARED_BASE = 1024
+"""Where a program's shared memory begins: a multiple of what the widest swizzle wants."""
 
 
 class Fault(RuntimeError):
@@ -92,7 +94,7 @@ class SharedMemory:
     """`size` bytes for each of some programs, full of NaN (0xFF) to begin with."""
 
     def __init__(self, programs, size):
-        self.size = -(-size // 16) * 16
+        self.size = SHARED_BASE + -(-size // 16) * 16
         total = programs * self.size
         self.bytes = np.full(total, 0xFF, np.uint8)
         self.views = {width: self.bytes.view(kind) for width, kind in WORDS.items() if kind}
@@ -125,8 +127,10 @@ class SharedMemory:
         addresses = addresses.astype(np.int64)
         if (addresses % width).any():
             raise Fault(f"a shared address is not aligned to its {width} bytes")
-        if ((addresses + width > self.size) | (addresses < 0)).any():
-            raise Fault(f"shared address {int(addresses.max())}, {width} bytes, of {self.size} bytes")
+        outside = (addresses + width > self.size) | (addresses < SHARED_BASE)
+        if outside.any():
+            at, size = int(addresses[outside][0]) - SHARED_BASE, self.size - SHARED_BASE
+            raise Fault(f"shared address {at}, {width} bytes, of {size} bytes")
         return addresses + programs * self.size
 
     def read(self, addresses, width, count, programs, warps, tracked=True):
