@@ -298,7 +298,7 @@ class TensorMemory:
 
 
 def tcgen05(machine, opcode, *operands):
-    """Products of sm_100: done when they are given. Rows of A and D are lanes of tensor memory, for M = 128."""
+    """Products of sm_100: done when they are given. Rows of A and D are lanes of tensor memory."""
     name = opcode[1]
     tensor, lanes = machine.tensor, machine.lanes()
     if name == "alloc":
@@ -309,15 +309,19 @@ def tcgen05(machine, opcode, *operands):
         at = machine.address(operands[0], leaders)
         machine.shared.write(at, base, machine.place[leaders], machine.warp[leaders])
     elif name in ("st", "ld"):
-        to, registers = operands if name == "st" else operands[::-1]
+        # st: where to, how far on the second half is, what; ld: what first
+        registers = operands[-1] if name == "st" else operands[0]
+        to, *half = operands[:-1] if name == "st" else operands[1:]
         machine.whole_warps()
-        if opcode[-3] != "32x32b":
+        if opcode[-3] not in ("32x32b", "16x32bx2") or (opcode[-3] == "16x32bx2") != bool(half):
             raise ValueError("this shape is not there")
         at = machine.address(to, lanes)
-        warp = machine.thread[lanes] // 32 % 4
+        warp, inside = machine.thread[lanes] // 32 % 4, machine.thread[lanes] % 32
         if (at >> 16 != 32 * warp).any():
             raise Fault("a warp has only its own 32 lanes of tensor memory")
-        lane, column = 32 * warp + machine.thread[lanes] % 32, at & 0xFFFF
+        lane, column = 32 * warp + inside, at & 0xFFFF
+        if half:
+            lane, column = 32 * warp + inside % 16, column + inside // 16 * int(half[0], 0)
         place = machine.place[lanes]
         if name == "st":
             for offset, values in enumerate(machine.words(registers, 4, lanes)):
@@ -346,11 +350,13 @@ def product(machine, opcode, threads, d, a, b, description, accumulate):
     kinds = {"kind::f16": ("f16", "bf16"), "kind::f8f6f4": ("e4m3",)}[opcode[-1]]
     left_kind, right_kind = (kinds[description >> shift & 7] for shift in (7, 10))
     n, m = (description >> 17 & 63) * 8, (description >> 24 & 31) * 16
-    if description >> 4 & 3 != 1 or description & 0b1110000000001111 or left_kind != right_kind or m != 128:
+    if description >> 4 & 3 != 1 or description & 0b1110000000001111 or left_kind != right_kind or m not in (64, 128):
         raise ValueError(f"instruction descriptor {description:#x} is not there")
     size = 1 if right_kind == "e4m3" else 2
     k = 32 // size
     place = machine.place[threads]
+    # 64 rows: the first 16 of each warp's lanes
+    lane = np.arange(m) if m == 128 else np.arange(m) // 16 * 32 + np.arange(m) % 16
 
     def shared(register, rows, transposed):
         descriptor = machine.registers[register][threads]
@@ -366,11 +372,11 @@ def product(machine, opcode, threads, d, a, b, description, accumulate):
         rows = shared(a, m, bool(description >> 15 & 1))
     else:
         column = machine.address(a, threads) & 0xFFFF
-        words = np.stack([tensor.words[place, :, column + offset] for offset in range(8)], -1)
+        words = np.stack([tensor.words[place, :, column + offset][:, lane] for offset in range(8)], -1)
         rows = floats(words, left_kind).reshape(len(threads), m, k)
     columns = shared(b, n, bool(description >> 16 & 1)).transpose(0, 2, 1)
     first = machine.address(d, threads) & 0xFFFF
-    at = place[:, None, None], np.arange(m)[None, :, None], first[:, None, None] + np.arange(n)
+    at = place[:, None, None], lane[None, :, None], first[:, None, None] + np.arange(n)
     keep = np.broadcast_to(machine.get(accumulate, bool), machine.count)[threads]
     before = np.where(keep[:, None, None], tensor.words[at].view(np.float32), 0).astype(np.float64)
     tensor.words[at] = (before + rows @ columns).astype(np.float32).view(np.uint32)
