@@ -22,7 +22,7 @@ from hwpq_fx.bench.shapes import MERGED, decoder
 from hwpq_fx.kernels import Float8Sparse24Tensor, quantize_rows
 from hwpq_fx.kernels.launching import arch_of
 from hwpq_fx.kernels.quantize_rows import E4M3
-from hwpq_fx.kernels.tiles24 import Config, candidates, launch
+from hwpq_fx.kernels.tiles24 import Config, candidates, product_cut
 
 RESULTS = Path(__file__).parent / "results"
 ROWS = (64, 16, 32, 512, 4096, 128)
@@ -38,11 +38,7 @@ def given(m: int, n: int, k: int, fp8: bool, device: torch.device) -> Set:
 
 def product(inputs: Set, cut: Config) -> torch.Tensor:
     x, x_scale, weight = inputs
-    m, n = len(x), weight.shape[0]
-    y = x.new_empty((m, n), dtype=torch.bfloat16)
-    parts = x.new_empty((cut.split, m, n), dtype=torch.float32) if cut.split > 1 else None
-    launch(x, x_scale, weight.qdata, weight.sparse_metadata, weight.scale, None, y, parts, cut)
-    return y
+    return product_cut(x, x_scale, weight.qdata, weight.sparse_metadata, weight.scale, None, torch.bfloat16, cut)
 
 
 def lines(clock: Clock, m: int, n: int, k: int, fp8: bool, seconds: float) -> Iterator[dict[str, Any]]:

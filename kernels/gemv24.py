@@ -7,9 +7,9 @@ they work: `gemv24_triton`.
 from typing import Any, NamedTuple
 
 import torch
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
-from .launching import DTYPES, arch_of, check_parts, interpreted
+from .launching import DTYPES, arch_of, check_parts, interpreted, wrapped
 from .pack24 import FORMAT_K
 from .quantize_rows import E4M3
 
@@ -91,8 +91,7 @@ def launch(
     (m, k), n = x.shape, qdata.shape[0]
     kernel, constants, options = arguments(config, k, x.dtype, bias is not None)
     grid = (-(-n // config.block_n), m) if isinstance(config, Plain) else (-(-n // TILE_N), -(-m // TILE_M))
-    # torch 2.11 does not wrap what Triton's interpreter made
-    kernel = kernel if interpreted() else wrap_triton(kernel)
+    kernel = wrapped(kernel)
     kernel[grid](x, qdata.view(torch.uint8), sparse_metadata, scale, bias, y, m, n, **constants, **options)
 
 

@@ -1,10 +1,12 @@
-"""What the products by Triton, `gemv24` and `tiles24`, share around their kernels."""
+"""What launches of Triton kernels share: `gemv24`, `tiles24` and `prune_pack24`."""
 
 import os
 from collections.abc import Iterable
 from functools import cache
+from typing import Any
 
 import torch
+from torch.library import wrap_triton
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Of models and biases that they serve."""
@@ -24,6 +26,17 @@ def arch_of(device: torch.device) -> int:
         return 90
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def kernel_arch(device: torch.device) -> int:
+    """`arch_of`, for a kernel that is to know it: 0 in Triton's interpreter."""
+    return 0 if interpreted() else arch_of(device)
+
+
+def wrapped(kernel: Any) -> Any:
+    """A kernel that torch.compile sees through; in Triton's interpreter, whose kernels torch 2.11 does not wrap, as it
+    is."""
+    return kernel if interpreted() else wrap_triton(kernel)
 
 
 def check_parts(op: str, device: torch.device, parts: Iterable[Part]) -> None:

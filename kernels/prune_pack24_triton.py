@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .cubin import Specimen
-from .launching import arch_of, interpreted
+from .launching import kernel_arch
 from .saliency import Terms
 from .select24_triton import EXACT, TYPES, best_two, count4, fours, load_row, row_powers, scored, term_types
 
@@ -135,8 +135,7 @@ def launch(
     `terms` of its score, by comparison. A row whose mask is not 2:4 gets NaN for its scale."""
     rows, cols = weight.shape
     read = [*(terms or Terms()), None if mask is None else mask.contiguous().view(torch.uint8)]
-    arch = 0 if interpreted() else arch_of(weight.device)
-    constants, options = _as_launched(arch, cols, saliency if mask is None else "")
+    constants, options = _as_launched(kernel_arch(weight.device), cols, saliency if mask is None else "")
     written = (qdata.view(torch.uint8), sparse_metadata, scale)
     with torch.cuda.device_of(weight):
         prune_pack24_kernel[(rows,)](weight.contiguous(), *read, *written, cols, **constants, **options)

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
-from .launching import DTYPES, arch_of, check_parts, interpreted
+from .launching import DTYPES, arch_of, check_parts, kernel_arch, wrapped
 from .pack24 import FORMAT_K
 from .quantize_rows import E4M3
 
@@ -48,10 +48,10 @@ def config(arch: int, m: int, n: int, k: int, dtype: torch.dtype) -> Config:
         # tensor memory takes 128 rows; eight warps: Triton 3.6 writes e4m3 byte by byte where a thread has 128
         columns = 128 if arch == 100 else 64
         # and sm_89 and 120 hold one program of 64 rows of 16 bit, and spill with four
-        warps = 8 if (dtype is E4M3 if arch == 100 else arch in (89, 120) and rows == 64 and dtype is not E4M3) else 4
+        eight = arch == 100 if dtype is E4M3 else arch in (89, 120) and rows == 64
         # a step is 5 kB of weights: where a multiprocessor has one or two programs, 30 kB ask for more steps
         stages = 4 if arch != 90 else 6 if rows <= 32 or dtype is E4M3 else 5
-        return _with_split(Config(rows, columns, 128, warps, stages), arch, m, n, k)
+        return _with_split(Config(rows, columns, 128, 8 if eight else 4, stages), arch, m, n, k)
     if arch in (90, 100):
         # 256 rows where that leaves no multiprocessor idle
         wide = -(-m // 256) * -(-n // 128) >= SMS[arch]
@@ -119,6 +119,15 @@ def product(x, x_scale, qdata, sparse_metadata, scale, bias, layout, out_dtype):
     return tiles24(x, x_scale, qdata, sparse_metadata, scale, bias, out_dtype)
 
 
+def product_cut(x, x_scale, qdata, sparse_metadata, scale, bias, out_dtype, cut: Config):
+    """`tiles24`, cut as told; nothing is checked, and there is something to do."""
+    m, n = len(x), len(qdata)
+    y = x.new_empty((m, n), dtype=out_dtype)
+    parts = x.new_empty((cut.split, m, n), dtype=torch.float32) if cut.split > 1 else None
+    launch(x, x_scale, qdata, sparse_metadata, scale, bias, y, parts, cut)
+    return y
+
+
 def launch(
     x: torch.Tensor,
     x_scale: torch.Tensor | None,
@@ -134,10 +143,10 @@ def launch(
     from . import tiles24_triton as kernels
 
     (m, k), n = x.shape, qdata.shape[0]
-    known = constants(_kernel_arch(x.device), x.dtype, config)
+    known = constants(kernel_arch(x.device), x.dtype, config)
     flags = {"FP8": x_scale is not None, "BIAS": bias is not None, "SPLIT": config.split}
     tiles = -(-m // config.block_m) * -(-n // config.block_n)
-    _wrapped(kernels._tiles24)[tiles, config.split](
+    wrapped(kernels._tiles24)[tiles, config.split](
         deal(x, known["CHUNK"]) if known["CHUNK"] else x.contiguous(),
         x_scale,
         qdata.view(torch.uint8),
@@ -155,7 +164,7 @@ def launch(
     )
     if parts is not None:
         block = kernels.ADD_BLOCK
-        _wrapped(kernels._add_parts)[m, -(-n // block)](
+        wrapped(kernels._add_parts)[m, -(-n // block)](
             parts, x_scale, scale, bias, y, m, n, **flags, BLOCK_N=block, num_warps=4
         )
 
@@ -195,15 +204,6 @@ def constants(arch: int, dtype: torch.dtype, config: Config) -> dict[str, Any]:
     }
 
 
-def _kernel_arch(device: torch.device) -> int:
-    return 0 if interpreted() else arch_of(device)
-
-
-def _wrapped(kernel: Any) -> Any:
-    # torch 2.11 does not wrap what Triton's interpreter made
-    return kernel if interpreted() else wrap_triton(kernel)
-
-
 @triton_op("hwpq_fx::tiles24", mutates_args={})
 def tiles24(
     x: torch.Tensor,
@@ -222,12 +222,10 @@ def tiles24(
     """
     _check(x, x_scale, qdata, sparse_metadata, scale, bias, out_dtype)
     (m, k), n = x.shape, qdata.shape[0]
-    y = x.new_empty((m, n), dtype=out_dtype)
-    if m and n:
-        cut = config(arch_of(x.device), m, n, k, x.dtype)
-        parts = x.new_empty((cut.split, m, n), dtype=torch.float32) if cut.split > 1 else None
-        launch(x, x_scale, qdata, sparse_metadata, scale, bias, y, parts, cut)
-    return y
+    if not m or not n:
+        return x.new_empty((m, n), dtype=out_dtype)
+    cut = config(arch_of(x.device), m, n, k, x.dtype)
+    return product_cut(x, x_scale, qdata, sparse_metadata, scale, bias, out_dtype, cut)
 
 
 @tiles24.register_fake

@@ -298,9 +298,9 @@ def test_division_goes_towards_zero(a, b):
 def test_shifts_and_fields(value, start, length):
     unsigned, signed = words(value)[0], words(value)[0].view(np.int32)
     by = np.array([start], np.uint32)
-    assert numbers.shift(unsigned, by, "b32", True)[0] == value << start & 0xFFFFFFFF
-    assert numbers.shift(unsigned, by, "u32", False)[0] == value >> start
-    assert numbers.shift(signed, by, "s32", False)[0] == int(signed[0]) >> start
+    assert numbers.shift(unsigned, by, True)[0] == value << start & 0xFFFFFFFF
+    assert numbers.shift(unsigned, by, False)[0] == value >> start
+    assert numbers.shift(signed, by, False)[0] == int(signed[0]) >> start
     if start < 32:
         found = value >> start & (1 << length) - 1
         assert numbers.field(unsigned, by, np.array([length], np.uint32))[0] == found

@@ -224,7 +224,7 @@ def test_every_pattern_and_byte(assembly, arch, dtype):
 def test_the_kernel_as_it_is_for_a_gpu(assembly, monkeypatch, dtype, fp8, arch, first):
     if DEVICE == "cuda":
         pytest.skip("the other tests run it")
-    monkeypatch.setattr(module, "_kernel_arch", lambda device: arch)
+    monkeypatch.setattr(module, "kernel_arch", lambda device: arch)
     given = arguments(7, 70, 392, dtype, fp8)
     check(run(given, Config(16, 64, 128, 4, 2, 2, first)), *given)
 

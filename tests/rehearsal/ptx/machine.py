@@ -426,25 +426,24 @@ class Machine:
     def do_max(self, opcode, to, *sources):
         self.do_min(opcode, to, *sources, choose=(np.maximum, larger))
 
+    def signs(self, register, name):
+        """The bits of a register that hold signs of floats."""
+        bits = self.registers[register].dtype.itemsize * 8
+        return UNSIGNED[bits](0x80008000 if name in ("f16x2", "bf16x2") else 1 << bits - 1)
+
     def do_abs(self, opcode, to, a):
-        name = opcode[-1]
-        if name[0] == "s":
-            self.put(to, np.abs(self.get(a, kind_of(name))))
+        if opcode[-1][0] == "s":
+            self.put(to, np.abs(self.get(a, kind_of(opcode[-1]))))
             return
-        bits = self.registers[to].dtype.itemsize * 8
-        sign = {"f16x2": 0x80008000, "bf16x2": 0x80008000}.get(name, 1 << bits - 1)
-        kind = UNSIGNED[bits]
-        self.put(to, self.get(a, kind) & kind(~sign & (1 << bits) - 1))
+        signs = self.signs(to, opcode[-1])
+        self.put(to, self.get(a, signs.dtype) & ~signs)
 
     def do_neg(self, opcode, to, a):
-        name = opcode[-1]
-        if name[0] == "s":
-            self.put(to, -self.get(a, kind_of(name)))
+        if opcode[-1][0] == "s":
+            self.put(to, -self.get(a, kind_of(opcode[-1])))
             return
-        bits = self.registers[to].dtype.itemsize * 8
-        sign = {"f16x2": 0x80008000, "bf16x2": 0x80008000}.get(name, 1 << bits - 1)
-        kind = UNSIGNED[bits]
-        self.put(to, self.get(a, kind) ^ kind(sign))
+        signs = self.signs(to, opcode[-1])
+        self.put(to, self.get(a, signs.dtype) ^ signs)
 
     def do_not(self, opcode, to, a):
         self.put(to, ~self.get(a, kind_of(opcode[-1])))
@@ -459,20 +458,10 @@ class Machine:
         self.put(to, np.bitwise_xor(*self.two(opcode, a, b)))
 
     def do_shl(self, opcode, to, a, by):
-        self.put(
-            to,
-            shift(self.get(a, kind_of(opcode[-1])), self.get(by, np.uint32), opcode[-1], True).astype(
-                kind_of(opcode[-1])
-            ),
-        )
+        self.put(to, shift(self.get(a, kind_of(opcode[-1])), self.get(by, np.uint32), True))
 
     def do_shr(self, opcode, to, a, by):
-        self.put(
-            to,
-            shift(self.get(a, kind_of(opcode[-1])), self.get(by, np.uint32), opcode[-1], False).astype(
-                kind_of(opcode[-1])
-            ),
-        )
+        self.put(to, shift(self.get(a, kind_of(opcode[-1])), self.get(by, np.uint32), False))
 
     def do_bfe(self, opcode, to, a, start, length):
         self.put(to, field(self.get(a, kind_of(opcode[-1])), self.get(start, np.uint32), self.get(length, np.uint32)))
@@ -480,9 +469,9 @@ class Machine:
     def do_bfi(self, opcode, to, a, b, start, length):
         a, b = self.two(opcode, a, b)
         start, length = (self.get(one, np.uint32) & np.uint32(0xFF) for one in (start, length))
-        ones = shift(np.array([np.iinfo(a.dtype).max], a.dtype), length, "u", True).astype(a.dtype)
-        mask = shift(~ones, start, "u", True).astype(a.dtype)
-        self.put(to, (shift(a, start, "u", True).astype(a.dtype) & mask) | (b & ~mask))
+        ones = shift(np.array([np.iinfo(a.dtype).max], a.dtype), length, True)
+        mask = shift(~ones, start, True)
+        self.put(to, (shift(a, start, True) & mask) | (b & ~mask))
 
     def do_lop3(self, opcode, to, a, b, c, table):
         self.put(to, lop3(*(self.get(one, np.uint32) for one in (a, b, c)), int(table, 0)))

@@ -6,7 +6,7 @@ rounded to float32 once per instruction, which no tensor core does so well; thos
 
 import numpy as np
 
-from .memory import Fault
+from .memory import Fault, Groups
 from .numbers import E4M3, bf16
 
 LANE = np.arange(32)
@@ -173,32 +173,23 @@ def rows_at(descriptor, swizzle, rows, k, size, transposed):
     return at ^ ((at >> 7 & (1 << swizzle) - 1) << 4)
 
 
-class Reads:
-    """Shared memory that wgmma may still be reading, in groups, by warpgroup."""
-
-    def __init__(self, warpgroups):
-        self.closed = np.zeros(warpgroups, np.int64)
-        self.under_way = []
+class Reads(Groups):
+    """Shared memory that wgmma may still be reading, by warpgroup."""
 
     def start(self, shared, warpgroups, every):
         np.add.at(shared.busy, every, 1)
-        self.under_way.append((warpgroups, every.reshape(len(warpgroups), -1), self.closed[warpgroups]))
+        self.begin(warpgroups, every.reshape(len(warpgroups), -1))
 
     def wait(self, shared, warpgroups, left):
-        rest = []
-        for began, every, group in self.under_way:
-            done = np.isin(began, warpgroups) & (group < self.closed[began] - left)
-            np.subtract.at(shared.busy, every[done].ravel(), 1)
-            if not done.all():
-                rest.append((began[~done], every[~done], group[~done]))
-        self.under_way = rest
+        for _, every in self.done(warpgroups, left):
+            np.subtract.at(shared.busy, every.ravel(), 1)
 
 
 def wgmma(machine, opcode, *operands):
     if opcode[1] != "mma_async":
         warpgroups = np.unique(machine.lanes() // 128)
         if opcode[1] == "commit_group":
-            machine.reads.closed[warpgroups] += 1
+            machine.reads.close(warpgroups)
         elif opcode[1] == "wait_group":
             machine.reads.wait(machine.shared, warpgroups, int(operands[0], 0))
         return
@@ -212,6 +203,8 @@ def wgmma(machine, opcode, *operands):
     )
     if (groups.any(1) != groups.all(1)).any():
         raise Fault("a warpgroup is not together")
+    # which operands lie transposed in shared memory: said of 16-bit ones that lie there
+    of_a, of_b = (0, 0, *flags[2:])[-2:]
     n = int(shape.split("n")[1].split("k")[0])
     size = 1 if kind == "e4m3" else 2
     k = 32 // size
@@ -219,8 +212,8 @@ def wgmma(machine, opcode, *operands):
     if isinstance(a, tuple):
         rows = left(fragments(machine, a), kind).reshape(-1, 64, k)[chosen]
     else:
-        rows = operand(machine, a, chosen, 64, k, size, kind, bool(flags[2:3] == [1] and len(flags) == 4 and flags[2]))
-    columns = operand(machine, b, chosen, n, k, size, kind, len(flags) > 2 and bool(flags[-1]))
+        rows = operand(machine, a, chosen, 64, k, size, kind, bool(of_a))
+    columns = operand(machine, b, chosen, n, k, size, kind, bool(of_b))
     warps = (4 * chosen[:, None] + np.arange(4)).ravel()
     kept = np.broadcast_to(machine.get(accumulate, bool), machine.count).reshape(-1, 32)[warps]
     old = np.stack([machine.registers[one].view(np.float32).reshape(-1, 32)[warps] for one in d], 1)

@@ -117,11 +117,11 @@ class SharedMemory:
 
     def operand(self, addresses, width, programs, warps):
         """Words [n] for tensor cores, and their bytes."""
-        words = self.read(addresses, width, 1, programs, warps, tracked=False)[0]
-        every = (self._at(addresses, width, programs)[:, None] + np.arange(width)).ravel()
+        at = self._at(addresses, width, programs)
+        every, _, _ = self._looked_at(at, width, programs, warps)
         if self.unfenced[every].any():
             raise Fault("tensor cores read what was written with no fence.proxy.async after it")
-        return words, every
+        return self.views[width][at // width], every
 
     def _at(self, addresses, width, programs):
         addresses = addresses.astype(np.int64)
@@ -133,23 +133,26 @@ class SharedMemory:
             raise Fault(f"shared address {at}, {width} bytes, of {size} bytes")
         return addresses + programs * self.size
 
-    def read(self, addresses, width, count, programs, warps, tracked=True):
-        """Words [count, n] from addresses [n] of the programs [n], for the warps [n] (numbered through)."""
-        at = self._at(addresses, width * count, programs)
-        if tracked and traffic is not None:
-            note(addresses.astype(np.int64), width * count, warps)
-        every = (at[:, None] + np.arange(width * count)).ravel()
-        warps = np.repeat(warps, width * count)
-        turn = np.repeat(self.turn[programs], width * count)
+    def _looked_at(self, at, size, programs, warps):
+        """The bytes of `size` from each place [n] on, and by byte the warp that reads and its turn."""
+        every = (at[:, None] + np.arange(size)).ravel()
+        warps, turn = np.repeat(warps, size), np.repeat(self.turn[programs], size)
         if self.pending[every].any():
             raise Fault("shared memory is read before the copy to it was waited for")
         if ((self.written[every] == turn) & (self.writer[every] != warps)).any():
             raise Fault("a race: shared memory is read that another warp wrote, with no barrier in between")
-        if tracked:
-            others = (self.was_read[every] == turn) & (self.reader[every] != warps)
-            self.reader[every], self.was_read[every] = np.where(others, SEVERAL, warps), turn
-            # several warps at once
-            self.reader[every[self.reader[every] != warps]] = SEVERAL
+        return every, warps, turn
+
+    def read(self, addresses, width, count, programs, warps):
+        """Words [count, n] from addresses [n] of the programs [n], for the warps [n] (numbered through)."""
+        at = self._at(addresses, width * count, programs)
+        if traffic is not None:
+            note(addresses.astype(np.int64), width * count, warps)
+        every, warps, turn = self._looked_at(at, width * count, programs, warps)
+        others = (self.was_read[every] == turn) & (self.reader[every] != warps)
+        self.reader[every], self.was_read[every] = np.where(others, SEVERAL, warps), turn
+        # several warps at once
+        self.reader[every[self.reader[every] != warps]] = SEVERAL
         return np.stack([self.views[width][at // width + word] for word in range(count)])
 
     def write(self, addresses, words, programs, warps):
@@ -187,13 +190,37 @@ class SharedMemory:
         return not ((place[1:] == place[:-1]) & (value[1:] != value[:-1])).any()
 
 
-class Copies:
-    """cp.async: bytes on their way from global to shared memory, in groups, by thread."""
+class Groups:
+    """What is under way in groups that threads, or warpgroups, close and wait for."""
 
-    def __init__(self, threads):
-        self.groups = np.zeros(threads, np.int64)
-        """How many each thread has closed."""
+    def __init__(self, members):
+        self.closed = np.zeros(members, np.int64)
+        """How many each has closed."""
         self.under_way = []
+
+    def begin(self, members, *parts):
+        """parts: arrays [n, ...] of what the members [n] begin."""
+        self.under_way.append((self.closed[members], members, *parts))
+
+    def close(self, members):
+        self.closed[members] += 1
+
+    def done(self, members, left):
+        """(members, *parts) of what `members` began, but for their last `left` groups: no longer under way."""
+        chosen = np.zeros(len(self.closed), bool)
+        chosen[members] = True
+        ended, rest = [], []
+        for group, began, *parts in self.under_way:
+            done = chosen[began] & (group < self.closed[began] - left)
+            ended.append([part[done] for part in (began, *parts)])
+            if not done.all():
+                rest.append([part[~done] for part in (group, began, *parts)])
+        self.under_way = rest
+        return ended
+
+
+class Copies(Groups):
+    """cp.async: bytes on their way from global to shared memory, by thread."""
 
     def start(self, shared, threads, at, data, warps, turn):
         """data [n, width] to the bytes from at [n] on."""
@@ -202,24 +229,13 @@ class Copies:
         every = at[:, None] + np.arange(data.shape[1])
         shared.claim(every.ravel(), data.ravel(), np.repeat(warps, data.shape[1]), np.repeat(turn, data.shape[1]))
         shared.pending[every] = True
-        self.under_way.append((threads, every, data, warps, self.groups[threads]))
-
-    def close(self, threads):
-        self.groups[threads] += 1
+        self.begin(threads, every, data, warps)
 
     def wait(self, shared, threads, left, programs):
-        """What `threads` [n] began is there, but for their last `left` groups."""
-        chosen = np.zeros(len(self.groups), bool)
-        chosen[threads] = True
-        rest = []
-        for began, every, data, warps, group in self.under_way:
-            done = chosen[began] & (group < self.groups[began] - left)
-            shared.pending[every[done]] = False
-            shared.bytes[every[done]] = data[done]
+        for began, every, data, warps in self.done(threads, left):
+            shared.pending[every] = False
+            shared.bytes[every] = data
             # tensor cores see it without a fence: CUTLASS's loops of cp.async have none, nor has Triton before 3.9
-            shared.unfenced[every[done]] = False
-            shared.written[every[done]] = shared.turn[programs[began[done]], None]
-            shared.writer[every[done]] = warps[done, None]
-            if not done.all():
-                rest.append((began[~done], every[~done], data[~done], warps[~done], group[~done]))
-        self.under_way = rest
+            shared.unfenced[every] = False
+            shared.written[every] = shared.turn[programs[began], None]
+            shared.writer[every] = warps[:, None]

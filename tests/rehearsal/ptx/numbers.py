@@ -103,14 +103,13 @@ def lop3(a, b, c, table):
     return out
 
 
-def shift(values, by, kinds, left):
+def shift(values, by, left):
     """shl, shr: all bits are gone, or copies of the sign, at shifts beyond the width."""
     bits = values.dtype.itemsize * 8
     count = np.minimum(by, np.uint32(bits - 1)).astype(values.dtype)
-    gone = by >= bits
-    if left:
-        return np.where(gone, 0, values << count)
-    return np.where(gone, values >> np.array(bits - 1, values.dtype) if kinds[0] == "s" else 0, values >> count)
+    if not left and values.dtype.kind == "i":
+        return values >> count
+    return np.where(by >= bits, 0, values << count if left else values >> count).astype(values.dtype)
 
 
 def field(values, start, length):
