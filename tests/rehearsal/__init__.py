@@ -2,8 +2,9 @@
 
 Tensors on "cuda" are CPU memory (cuda.cpp). Triton kernels, ours and those that Inductor writes, are compiled for that
 GPU and their PTX runs on the CPU (ptx/), which stops what compute-sanitizer would report: addresses beyond what a
-kernel was given, races in shared memory. NVIDIA's and torchao's compiled products are those of doubles.py. Nothing is
-learned of speed, of ptxas or of hardware that does not do what the PTX ISA says.
+kernel was given, races in shared memory. NVIDIA's and torchao's compiled products are those of doubles.py; torchao's
+kernels themselves run in test_cutlass_ptx.py. Nothing is learned of speed, of ptxas or of hardware that does not do
+what the PTX ISA says.
 
 Wants a build of torch without CUDA and a C++ compiler, and to start before torch is imported. Tried on torch 2.13, with
 triton 3.6 and 3.9.

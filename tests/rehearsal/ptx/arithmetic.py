@@ -60,7 +60,12 @@ class Arithmetic:
             return self.thread % 32
         if name == "%ntid.x":
             return np.array([self.kernel.threads], np.uint32)
+        if name == "%cluster_ctarank":
+            return self.place.astype(np.uint32)
         axis = "xyz".index(name[-1])
+        if name.startswith("%cluster_ctaid."):
+            before = int(np.prod(self.cluster[:axis], dtype=np.int64))
+            return (self.place // before % self.cluster[axis]).astype(np.uint32)
         if name.startswith("%nctaid."):
             return np.array([self.grid[axis]], np.uint32)
         if name.startswith("%ctaid."):

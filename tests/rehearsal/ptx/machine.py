@@ -4,11 +4,12 @@ Where threads part, those that are furthest behind run on until they meet the ot
 names of instructions.
 """
 
+import ctypes
 import re
 
 import numpy as np
 
-from . import matrices
+from . import bulk, matrices
 from .arithmetic import Arithmetic
 from .memory import SHARED_BASE, Copies, Fault, GlobalMemory, SharedMemory
 from .numbers import FLOATS, SIGNED, UNSIGNED, kind_of
@@ -20,18 +21,29 @@ POISON = 0x7FEDBEEF7FEDBEEF
 """What registers hold before they are written: NaN, or no address."""
 
 
-def launch(kernel: Kernel, grid, shared, values, ranges) -> None:
-    """Run a kernel on this process's memory. grid: programs (x, y, z); shared: bytes; values: its arguments, integers
-    and floats; ranges: [(first address, one past the last)] of memory it may touch. Raises Fault."""
+def launch(kernel: Kernel, grid, shared, values, ranges, cluster=None) -> None:
+    """Run a kernel on this process's memory. grid: programs (x, y, z); shared: bytes; values: its arguments, integers,
+    floats, and bytes for what is more than one number; ranges: [(first address, one past the last)] of memory it may
+    touch; cluster: programs (x, y, z) of one. Raises Fault.
+
+    Of a kernel with clusters races are not looked for: its warps meet at more than barriers of a whole program."""
+    held = [ctypes.create_string_buffer(value, len(value)) for value in values if isinstance(value, bytes)]
+    ranges = [*ranges, *((ctypes.addressof(one), ctypes.addressof(one) + len(one)) for one in held)]
+    addresses = iter(held)
+    values = [bulk.Held(ctypes.addressof(next(addresses))) if isinstance(value, bytes) else value for value in values]
     memory = GlobalMemory(ranges)
     programs = np.arange(int(np.prod(grid)))
+    if cluster:
+        for together in bulk.clusters(programs, grid, cluster):
+            Machine(kernel, grid, together, shared, values, memory, cluster).run()
+        return
     step = max(1, AT_ONCE // kernel.threads)
     for first in range(0, len(programs), step):
         Machine(kernel, grid, programs[first : first + step], shared, values, memory).run()
 
 
 class NotYet(Exception):
-    """Threads wait for others."""
+    """Its threads [bool] wait for others; those at work beside them are done."""
 
 
 def inline(assembly, constraints, inputs, ranges=()):
@@ -51,8 +63,8 @@ def inline(assembly, constraints, inputs, ranges=()):
 
 
 class Machine(Arithmetic):
-    def __init__(self, kernel, grid, programs, shared, values, memory):
-        self.kernel, self.grid, self.memory = kernel, grid, memory
+    def __init__(self, kernel, grid, programs, shared, values, memory, cluster=None):
+        self.kernel, self.grid, self.memory, self.cluster = kernel, grid, memory, cluster
         self.parameters = dict(zip(kernel.parameters, values, strict=True))
         threads = kernel.threads
         self.count = len(programs) * threads
@@ -61,13 +73,14 @@ class Machine(Arithmetic):
         """Which of these programs a thread is of."""
         self.warp = np.arange(self.count) // 32
         self.program = np.repeat(programs, threads)
-        self.shared = SharedMemory(len(programs), shared)
+        self.shared = SharedMemory(len(programs), shared, checked=not cluster)
+        self.local = np.zeros((self.count, kernel.local[1]), np.uint8)
         self.copies = Copies(self.count)
         self.tensor = matrices.TensorMemory(len(programs))
         self.reads = matrices.Reads(-(-self.count // 128))
         self.barriers = {}
         self.arrivals = 0
-        """At any mbarrier."""
+        """At any mbarrier, of threads and of copies."""
         self.everyone = np.ones(self.count, bool)
         # those at work; None: everyone
         self.active = None
@@ -93,8 +106,10 @@ class Machine(Arithmetic):
         return np.array([self.constant(operand, kind)], kind)
 
     def constant(self, text, kind):
-        if text == "global_smem":
+        if text == self.kernel.shared:
             return SHARED_BASE
+        if isinstance(self.parameters.get(text), bulk.Held):
+            return self.parameters[text]
         if text[:2] in ("0f", "0F", "0d", "0D"):
             value = np.array(int(text[2:], 16), np.uint32 if text[1] in "fF" else np.uint64)
             return value.view(kind) if value.itemsize == kind.itemsize else value.view(FLOATS[f"f{value.itemsize * 8}"])
@@ -152,15 +167,16 @@ class Machine(Arithmetic):
     def follow(self):
         instructions = self.kernel.instructions
         parties = [(0, self.everyone)]  # threads that can go on, and where
-        waiting = []  # for an mbarrier
+        waiting = []  # for an mbarrier, or for the rest of their warp
         self.at_barrier = []
-        seen = -1
+        seen, given_up = None, set()
         while parties:
             parties.sort(key=lambda party: party[0])
             at, members = parties.pop(0)
             while parties and parties[0][0] == at:
                 members = members | parties.pop(0)[1]
             meet = parties[0][0] if parties else len(instructions)
+            here = members
             members = None if members.all() else members
             while at < meet:
                 instruction = instructions[at]
@@ -174,7 +190,7 @@ class Machine(Arithmetic):
                 if name in ("bra", "ret", "exit"):
                     target = len(instructions) if name != "bra" else self.kernel.labels[instruction.operands[0]]
                     went = self.everyone if self.active is None else self.active
-                    stayed = (self.everyone if members is None else members) & ~went
+                    stayed = here & ~went
                     if went.any() and target < len(instructions):
                         parties.append((target, went))
                     if stayed.any():
@@ -183,34 +199,80 @@ class Machine(Arithmetic):
                 if self.active is not None and not self.active.any():
                     continue
                 if name in ("bar", "barrier") and instruction.opcode[1] != "warp":
-                    parties += self.arrive(at, self.everyone if self.active is None else self.active)
+                    came = self.everyone if self.active is None else self.active
+                    parties += self.arrive(at, came, instruction)
+                    if (here & ~came).any():
+                        parties.append((at, here & ~came))
                     break
                 try:
                     getattr(self, f"do_{name}")(instruction.opcode, *instruction.operands)
-                except NotYet:
-                    waiting.append((at - 1, self.everyone if members is None else members))
+                except NotYet as rest:
+                    (held,) = rest.args
+                    waiting.append((at - 1, held))
+                    if (here & ~held).any():
+                        parties.append((at, here & ~held))
                     break
                 except Exception as error:
                     raise type(error)(f"{self.kernel.name}, {instruction.text}: {error}") from error
             else:
                 if at < len(instructions):
-                    parties.append((at, self.everyone if members is None else members))
-            if waiting and not parties and self.arrivals > seen:
-                parties, waiting, seen = waiting, [], self.arrivals
+                    parties.append((at, here))
+            if waiting and not parties:
+                state = self.arrivals, *sorted((at, held.tobytes()) for at, held in waiting)
+                if state != seen:
+                    parties, waiting, seen = waiting, [], state
+                elif state not in given_up:
+                    given_up.add(state)
+                    parties, waiting = self.time_out(waiting)
         if waiting or self.at_barrier:
-            at = (waiting or self.at_barrier)[0][0]
-            raise Fault(f"{self.kernel.name}: threads wait for others for ever, near {instructions[at - 1].text}")
+            at = waiting[0][0] if waiting else self.at_barrier[0][1] - 1
+            raise Fault(f"{self.kernel.name}: threads wait for others for ever, near {instructions[at].text}")
 
-    def arrive(self, at, members):
+    def time_out(self, waiting):
+        """Waits for an mbarrier end some time without it: who goes on, and who waits for other reasons."""
+        parties, left = [], []
+        for at, held in waiting:
+            instruction = self.kernel.instructions[at]
+            if instruction.opcode[0] == "mbarrier":
+                self.active = held
+                self.put(instruction.operands[0], np.zeros(1, bool))
+                parties.append((at + 1, held))
+            else:
+                left.append((at, held))
+        return parties, left
+
+    def arrive(self, at, members, instruction):
         """Threads come to a barrier and go on at `at`: who can go on now, and where."""
-        self.at_barrier.append((at, members))
-        there = np.logical_or.reduce([party for _, party in self.at_barrier])
-        complete = there.reshape(-1, self.kernel.threads).all(1)
-        self.shared.barrier(np.flatnonzero(complete))
-        go = np.repeat(complete, self.kernel.threads)
-        parties, self.at_barrier = (
-            [(at, party & which) for at, party in self.at_barrier if (party & which).any()] for which in (go, ~go)
+        threads = self.kernel.threads
+        if instruction.opcode[1] == "cluster":
+            if instruction.opcode[2] == "arrive":  # who waits has arrived
+                return [(at, members)]
+            return self.meet("cluster", at, members, self.count, self.count)
+        names, *counts = (
+            np.broadcast_to(self.get(one, np.uint32), self.count) for one in (*instruction.operands, str(threads))
         )
+        parties = []
+        for name, count in np.unique(np.stack([names, counts[0]])[:, members], axis=1).T:
+            here = members & (names == name) & (counts[0] == count)
+            parties += self.meet(int(name), at, here, threads, int(count))
+        return parties
+
+    def meet(self, name, at, members, of, count):
+        """Threads come to the barrier `name`, one for every `of` threads: it opens once `count` are there."""
+        self.at_barrier.append((name, at, members))
+        there = np.logical_or.reduce([party for which, _, party in self.at_barrier if which == name])
+        complete = there.reshape(-1, of).sum(1) == count
+        if count == self.kernel.threads:
+            self.shared.barrier(np.flatnonzero(complete))
+        go = np.repeat(complete, of)
+        parties, left = [], []
+        for which, goes_on, party in self.at_barrier:
+            going = party & go if which == name else np.zeros_like(party)
+            if going.any():
+                parties.append((goes_on, going))
+            if (party & ~going).any():
+                left.append((which, goes_on, party & ~going))
+        self.at_barrier = left
         return parties
 
     # memory
@@ -221,7 +283,8 @@ class Machine(Arithmetic):
     def do_ld(self, opcode, to, source, *policy):
         width = kind_of(opcode[-1]).itemsize
         to = to if isinstance(to, tuple) else (to,)
-        if opcode[1] == "param":
+        value = self.parameters.get(source.base)
+        if opcode[1] == "param" and value is not None and not isinstance(value, bulk.Held):
             value = self.parameter(source.base, kind_of(opcode[-1]))
             self.take(to, np.broadcast_to(value, (1, self.count)), slice(None), signed=opcode[-1][0] == "s")
             return
@@ -229,6 +292,9 @@ class Machine(Arithmetic):
         at = self.address(source, lanes)
         if opcode[1].startswith("shared"):
             words = self.shared.read(at, width, len(to), self.place[lanes], self.warp[lanes])
+        elif opcode[1] == "local":
+            found = self.local[lanes[:, None], at[:, None] + np.arange(width * len(to))]
+            words = found.view(UNSIGNED[8 * width]).T
         else:
             words = self.memory.read(at, width, len(to))
         self.take(to, words, lanes, signed=opcode[-1][0] == "s")
@@ -262,11 +328,19 @@ class Machine(Arithmetic):
         at = self.address(to, lanes)
         if opcode[1].startswith("shared"):
             self.shared.write(at, words, self.place[lanes], self.warp[lanes])
+        elif opcode[1] == "local":
+            data = np.ascontiguousarray(words.T).view(np.uint8)
+            self.local[lanes[:, None], at[:, None] + np.arange(data.shape[1])] = data
         else:
             self.memory.write(at, words)
 
     def do_cp(self, opcode, *operands):
-        assert opcode[1] == "async", "bulk copies are not there"
+        if opcode[2] == "bulk":
+            if opcode[3] == "tensor":
+                bulk.copy(self, opcode, *operands)
+            elif opcode[3] not in ("commit_group", "wait_group"):
+                raise ValueError("this copy is not there")
+            return
         lanes = self.lanes()
         if opcode[2] == "commit_group":
             self.copies.close(lanes)
@@ -334,10 +408,14 @@ class Machine(Arithmetic):
         self.put(to, np.repeat(over(values), 32))
 
     def do_elect(self, opcode, to, members):
-        self.whole_warps()
+        working = self.everyone if self.active is None else self.active
+        together = np.repeat(working.reshape(-1, 32).all(1), 32)
+        self.active = together
         leader, chosen = to
         self.put(leader, np.zeros(1, np.uint32))
         self.put(chosen, np.arange(self.count) % 32 == 0)
+        if (working & ~together).any():
+            raise NotYet(working & ~together)
 
     def do_ldmatrix(self, opcode, to, source):
         matrices.load(self, opcode, to, source)
@@ -355,22 +433,14 @@ class Machine(Arithmetic):
         matrices.tcgen05(self, opcode, *operands)
 
     def do_mbarrier(self, opcode, *operands):
-        *to, address, number = (*operands, "0") if opcode[1] == "inval" else operands
-        lanes = self.lanes()
-        keys = list(zip(self.place[lanes].tolist(), self.address(address, lanes).tolist(), strict=True))
-        if opcode[1] == "init":
-            for key in keys:
-                self.barriers[key] = matrices.Barrier(int(number, 0))
-        elif opcode[1] == "inval":
-            for key in keys:
-                del self.barriers[key]
-        elif opcode[1:3] == ("try_wait", "parity"):
-            parity = np.broadcast_to(self.get(number, np.uint32), self.count)[lanes]
-            done = np.array([self.barriers[key].phase % 2 != one for key, one in zip(keys, parity, strict=True)])
-            if not done.all():
-                raise NotYet
-            for key in set(keys):
-                self.barriers[key].passed(self.shared)
-            self.put(to[0], np.ones(1, bool))
-        else:
-            raise ValueError("this use of a barrier is not there")
+        held = bulk.mbarrier(self, opcode, *operands)
+        if held is not None:
+            raise NotYet(held)
+
+    def do_mapa(self, opcode, to, address, rank):
+        self.put(to, self.get(address, np.uint32) | (self.get(rank, np.uint32) + np.uint32(1)) << np.uint32(bulk.RANK))
+
+    def hint(self, opcode, *operands):
+        """Changes nothing that is seen here."""
+
+    do_prefetch = do_setmaxnreg = hint

@@ -194,7 +194,13 @@ def wgmma(machine, opcode, *operands):
             machine.reads.wait(machine.shared, warpgroups, int(operands[0], 0))
         return
     shape, kind = opcode[-4], opcode[-2]
-    d, a, b, accumulate, *flags = operands
+    half = opcode[2] == "sp"
+    if half:  # of A's values: which, in a register a thread
+        d, a, b, indices, selector, accumulate, *flags = operands
+        if opcode[-2] != "e4m3" or selector != "0":
+            raise ValueError("this product is not there")
+    else:
+        d, a, b, accumulate, *flags = operands
     flags = [int(one, 0) for one in flags]
     if opcode[-3] != "f32" or opcode[-1] != kind or flags[:2] != [1, 1]:
         raise ValueError("this product is not there")
@@ -207,9 +213,12 @@ def wgmma(machine, opcode, *operands):
     of_a, of_b = (0, 0, *flags[2:])[-2:]
     n = int(shape.split("n")[1].split("k")[0])
     size = 1 if kind == "e4m3" else 2
-    k = 32 // size
+    k = (64 if half else 32) // size
     chosen = np.flatnonzero(groups[:, 0])
-    if isinstance(a, tuple):
+    if half:
+        rows = operand(machine, a, chosen, 64, k // 2, size, kind, False)
+        rows = expanded(rows, np.broadcast_to(machine.get(indices, np.uint32), machine.count).reshape(-1, 128)[chosen])
+    elif isinstance(a, tuple):
         rows = left(fragments(machine, a), kind).reshape(-1, 64, k)[chosen]
     else:
         rows = operand(machine, a, chosen, 64, k, size, kind, bool(of_a))
@@ -225,6 +234,21 @@ def wgmma(machine, opcode, *operands):
             made = np.zeros((machine.count // 32, 32), np.float32)
             made[warps] = values
             machine.put(d[4 * tile + place], made.ravel())
+
+
+def expanded(values, indices):
+    """A [warpgroups, 64, 64], half of it zeros, from the values [warpgroups, 64, 32] and a word of indices a thread:
+    thread 4 g + t of a warp has those of row g + 8 (t % 2), columns 32 (t // 2) on."""
+    words = indices.reshape(-1, 4, 8, 2, 2).transpose(0, 1, 4, 2, 3).reshape(-1, 64, 2, 1)
+    nibbles = (words >> np.arange(0, 32, 4, dtype=np.uint32) & np.uint32(15)).reshape(-1, 64, 16)
+    a = np.zeros((len(values), 64, 16, 4))
+    pairs = values.reshape(-1, 64, 16, 2)
+    if not np.isin(nibbles[pairs.any(-1)], (0x4, 0x8, 0xC, 0x9, 0xD, 0xE)).all():
+        raise Fault("indices are not in order")
+    for half in range(2):
+        at = (nibbles >> np.uint32(2 * half) & np.uint32(3)).astype(np.int64)[..., None]
+        np.put_along_axis(a, at, np.take_along_axis(a, at, -1) + pairs[..., half : half + 1], -1)
+    return a.reshape(-1, 64, 64)
 
 
 def operand(machine, register, groups, rows, k, size, kind, transposed):
@@ -251,25 +275,6 @@ def read(machine, at, threads, kind):
     if kind == "e4m3":
         return E4M3[found], every
     return (bf16(found) if kind == "bf16" else found.view(np.float16)).astype(np.float64), every
-
-
-class Barrier:
-    """An mbarrier: `count` arrivals end a phase."""
-
-    def __init__(self, count):
-        self.count, self.left, self.phase = count, count, 0
-        self.reading = []
-        """Bytes of shared memory that products read that were to end in the phases before."""
-
-    def arrive(self):
-        self.left -= 1
-        if not self.left:
-            self.left, self.phase = self.count, self.phase + 1
-
-    def passed(self, shared):
-        for every in self.reading:
-            np.subtract.at(shared.busy, every, 1)
-        self.reading.clear()
 
 
 class TensorMemory:
