@@ -1,6 +1,9 @@
 """torchao's own kernels, compiled from CUTLASS, read our packed weight as we mean it. Skipped where there are neither
 sources nor a compiler: see rehearsal/cutlass."""
 
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,6 +13,14 @@ from hwpq_fx.kernels.quantize_rows import E4M3, quantize_rows
 from rehearsal import cutlass
 
 pytestmark = pytest.mark.skipif(not cutlass.FOLDER, reason="HWPQ_FX_CUTLASS: see tests/rehearsal/cutlass")
+
+
+def test_they_are_the_kernels_that_torchao_ships():
+    """By name, which says all of their template arguments."""
+    (library,) = Path(find_spec("torchao").origin).parent.glob("_C_cutlass_90a*.so")
+    shipped = library.read_bytes()
+    assert len(cutlass.names()) == 4
+    assert [name for name in cutlass.names() if name.encode() not in shipped] == []
 
 
 def packed(n, k, kept=1.0):

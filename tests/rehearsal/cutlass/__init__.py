@@ -5,12 +5,13 @@ Wants the sources and a compiler, in a folder of their own, named by HWPQ_FX_CUT
     pip install --no-deps --target FOLDER nvidia-cutlass==4.2.0.0 \\
         nvidia-{cuda-nvcc,nvvm,cuda-crt,cuda-runtime,cuda-cccl}==13.0.*
 
-torchao 0.18 has CUTLASS 4.1.0; tried with both. Other sources: put them in FOLDER/cutlass_library/source.
+torchao 0.17 and 0.18 have CUTLASS 4.1.0; tried with both. Other sources: put them in FOLDER/cutlass_library/source.
 """
 
 import ctypes
 import hashlib
 import os
+import re
 import subprocess
 import tempfile
 from functools import cache
@@ -78,6 +79,11 @@ def kernel(part: str) -> ptx.source.Kernel:
     return ptx.read((built() / "kernels.ptx").read_text(), part)
 
 
+def names() -> list[str]:
+    """Of all kernels, template arguments and all."""
+    return re.findall(r"\.entry\s+([\w$]+)", (built() / "kernels.ptx").read_text())
+
+
 def placed(tensor: torch.Tensor) -> torch.Tensor:
     """A copy where CUDA would place it."""
     size = tensor.numel() * tensor.element_size()
@@ -111,11 +117,11 @@ def compress(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 TILES = (
-    (64, "up_to_64", "NS5_IJNSA_ILi64EEENSA_ILi32EEENSA_ILi256EEEEEE"),
-    (128, "up_to_128", "NS5_IJNSA_ILi64EEENSA_ILi128EEENSA_ILi256EEEEEE"),
-    (1 << 30, "more", "NS5_IJNSA_ILi128EEESG_NSA_ILi256EEEEEE"),
+    (64, "up_to_64", "FP8FastAccumE+NS7_IJNSC_ILi64EEENSC_ILi32EEENSC_ILi256EE"),
+    (128, "up_to_128", "FP8FastAccumE+NS7_IJNSC_ILi64EEENSC_ILi128EEENSC_ILi256EE"),
+    (1 << 30, "more", "FP8FastAccumE+NS7_IJNSC_ILi128EEESI_NSC_ILi256EE"),
 )
-"""torchao's choice by rows of x: up to how many, the function and its tile as the kernel's name has it."""
+"""torchao's choice by rows of x: up to how many, the function of kernels.cu, and the tile as kernels' names have it."""
 
 
 def product(x, x_scale, values, metadata, scale, bias, out_dtype):

@@ -19,8 +19,17 @@ struct Launch {
   unsigned char parameters[4096];
 };
 
+namespace torchao {
+
+// As torchao calls them, so that a kernel's name here is its name there, template arguments and all.
+template <class Kernel>
+struct enable_3x_kernel_for_sm90_or_later : Kernel {};
+
+}  // namespace torchao
+
 namespace {
 
+using torchao::enable_3x_kernel_for_sm90_or_later;
 using cutlass::arch::Sm90;
 using E4M3 = cutlass::float_e4m3_t;
 using Problem = cute::Shape<int, int, int, int>;
@@ -50,8 +59,8 @@ void fill(Launch* launch, typename Kernel::Params const& parameters, bool accept
 
 using CompressorConfig = cutlass::Sm90GemmSparseConfig<
     cute::sparse_elem<2, E4M3>, cute::GMMA::Major::K, cute::sparse_elem<8, unsigned char>, cute::_128>;
-using Compressor =
-    cutlass::transform::kernel::StructuredSparseCompressor<Problem, E4M3, RowMajor, CompressorConfig, Sm90>;
+using Compressor = enable_3x_kernel_for_sm90_or_later<
+    cutlass::transform::kernel::StructuredSparseCompressor<Problem, E4M3, RowMajor, CompressorConfig, Sm90>>;
 using CompressorSizes =
     cutlass::transform::kernel::StructuredSparseCompressorUtility<Problem, E4M3, RowMajor, CompressorConfig>;
 
@@ -80,7 +89,8 @@ struct Product {
       Sm90, cutlass::arch::OpClassSparseTensorOp, E4M3, RowMajor, 16, E4M3, ColumnMajor, 16, float, Tile, Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
       cutlass::gemm::KernelTmaWarpSpecializedPingpongFP8FastAccum>::CollectiveOp;
-  using Kernel = cutlass::gemm::kernel::GemmUniversal<Problem, Mainloop, Epilogue>;
+  using Kernel =
+      enable_3x_kernel_for_sm90_or_later<cutlass::gemm::kernel::GemmUniversal<Problem, Mainloop, Epilogue>>;
 
   static void describe(int m, int n, int k, void** at, Launch* launch) {
     Problem const problem(n, m, k, 1);

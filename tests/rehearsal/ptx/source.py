@@ -47,8 +47,8 @@ class Kernel(NamedTuple):
 
 
 def read(ptx: str, part: str = "") -> Kernel:
-    """The kernel of a module that has one, or has one with `part` in its name. Raises ValueError for what is not
-    understood."""
+    """The kernel of a module that has one, or has one whose name the regular expression `part` is found in. Raises
+    ValueError for what is not understood."""
     ptx = re.sub(r"//[^\n]*|/\*.*?\*/|^\s*\.(?:loc|file|section)\b[^\n]*$", "", ptx, flags=re.S | re.M)
     head = re.search(rf"\.entry\s+([\w$]*{part}[\w$]*)\s*\(([^)]*)\)([^{{]*)\{{", ptx)
     if not head:
