@@ -25,13 +25,14 @@ T = TypeVar("T")
 class Calibration:
     """While it stands, every call of the model is observed. `remove()` ends it and restores the model.
 
-    sequential: record the graphs that run, and gather no curvature meanwhile.
+    sequential: record the graphs that run, and gather no curvature meanwhile; the names of the layers that may be
+    converted, by the ids of their parameters.
     """
 
-    def __init__(self, model: Any, curvature_bytes: int | None = 0, sequential: bool = False):
+    def __init__(self, model: Any, curvature_bytes: int | None = 0, sequential: Mapping[int, str] | None = None):
         self.model = model
-        self.recorder = CalibrationRecorder(0 if sequential else curvature_bytes)
-        self.recording = Recording(self.recorder, curvature_bytes) if sequential else None
+        self.recorder = CalibrationRecorder(curvature_bytes if sequential is None else 0)
+        self.recording = None if sequential is None else Recording(self.recorder, curvature_bytes, sequential)
         module = unwrap(model)
         self._signature = inspect.signature(module.forward)
         owners = {layer.owner: None for layer in layers_of(module) if layer.static_use}
@@ -65,8 +66,14 @@ class Calibration:
             bound = self._signature.bind_partial(*args, **kwargs).arguments
         except TypeError:  # the model itself will say what is wrong with the arguments
             bound = {}
-        mask = kwargs.get("attention_mask", bound.get("attention_mask"))
-        self.recorder.begin_call(mask)
+        given = bound | kwargs
+        masks = [given.get("attention_mask")]
+        if "decoder_input_ids" in self._signature.parameters:  # the other mask is the encoder's
+            tokens = (given.get(name) for name in ("decoder_input_ids", "labels"))
+            ones = next((torch.ones_like(one) for one in tokens if isinstance(one, torch.Tensor)), None)
+            mask = given.get("decoder_attention_mask")
+            masks.append(ones if mask is None else mask)
+        self.recorder.begin_call(*masks)
 
     @torch.no_grad()
     def run(self, calib: Iterable[Any] | Callable[[nn.Module], Any], progress: bool = False) -> None:

@@ -144,7 +144,8 @@ def convert(
 
 
 def _calibration(model: Any, config: HWPQConfig) -> Calibration:
-    return Calibration(model, config.gathered_bytes, config.sequential)
+    names = {id(layer.parameter): layer.name for layer in layers_of(unwrap(model)) if not left_out(layer, config)}
+    return Calibration(model, config.gathered_bytes, names if config.sequential else None)
 
 
 def _module_of(model: Any) -> nn.Module:

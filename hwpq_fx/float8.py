@@ -7,6 +7,11 @@ from torchao.float8.inference import Float8MMConfig
 from torchao.quantization import Float8Tensor, PerRow
 from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
 
+from hwpq_fx.kernels.quantize_rows import E4M3_MAX, MIN_SCALE
+
+HALF_SCALE = 2.0**-24
+"""The smallest number over zero in float16, in which torchao works out the scales of float16 tensors."""
+
 
 def mm_compatible(rows: int, cols: int) -> bool:
     """Whether a weight [N, K] fits the FP8 products of GPUs."""
@@ -26,12 +31,15 @@ def rowwise_on_cpu() -> bool:
 
 def dense_float8(weight: torch.Tensor, activation: str) -> Float8Tensor:
     """`weight` [N, K] as FP8 with a scale per row; activation "dynamic" quantizes the inputs per row too, but not on
-    a CPU where that product is missing (`rowwise_on_cpu`)."""
+    a CPU where that product is missing (`rowwise_on_cpu`). A row of zeros, of either, gives zeros."""
     possible = weight.device.type != "cpu" or rowwise_on_cpu()
-    dynamic = QuantizeTensorToFloat8Kwargs(granularity=PerRow()) if activation == "dynamic" and possible else None
+    # torchao takes a row's largest value for its scale as it is, and divides by it: zeros would be NaN
+    least = E4M3_MAX * (HALF_SCALE if weight.dtype is torch.float16 else MIN_SCALE)
+    dynamic = QuantizeTensorToFloat8Kwargs(granularity=PerRow(), hp_value_lb=least)
     return Float8Tensor.from_hp(
         weight,
         granularity=PerRow(),
         mm_config=Float8MMConfig(use_fast_accum=True),
-        act_quant_kwargs=dynamic,
+        hp_value_lb=least,
+        act_quant_kwargs=dynamic if activation == "dynamic" and possible else None,
     )

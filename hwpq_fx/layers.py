@@ -14,8 +14,9 @@ from .config import DEFAULT_IGNORE, HWPQConfig
 from .errors import ModelError
 from .targets import check_all_match, matches
 
-STACKED = "3-D, a matrix per expert: only 2-D weights are converted"
+STACKED = "3-D, a matrix per expert or head: only 2-D weights are converted"
 """Why what `stacked_of` finds stays dense."""
+ROUTER = "chooses among experts: little to gain, much to lose; name it in targets to convert it"
 
 
 @dataclass
@@ -29,6 +30,8 @@ class Layer:
     parameter: nn.Parameter
     tied: list[str]
     """Those of the names that belong to other places that hold the same parameter."""
+    routes: bool = False
+    """Whether its outputs choose among experts."""
 
     @property
     def name(self) -> str:
@@ -67,7 +70,9 @@ def left_out(layer: Layer, config: HWPQConfig) -> str:
         return f"shared with {', '.join(layer.tied)}"
     if _any_match(layer, config.ignore):
         return "ignored"
-    return "" if config.targets is None or is_target(layer, config) else "not in targets"
+    if config.targets is None:
+        return ROUTER if layer.routes else ""
+    return "" if is_target(layer, config) else "not in targets"
 
 
 def _any_match(layer: Layer, patterns: Iterable[str]) -> bool:
@@ -87,7 +92,18 @@ def layers_of(model: nn.Module) -> list[Layer]:
                     known.tied.append(name)
             elif not is_lazy(parameter) and parameter.dim() == 2 and parameter.is_floating_point():
                 found[id(parameter)] = Layer([name], module, attribute, parameter, [])
+    experts = [(name.split("."), parameter.shape) for name, parameter in stacked_of(model)]
+    for layer in found.values():
+        layer.routes = any(_routes(layer, name, shape) for name, shape in experts)
     return list(found.values())
+
+
+def _routes(layer: Layer, experts: list[str], shape: torch.Size) -> bool:
+    """Whether a layer stands beside experts [E, ., .], the parts of their name given, and makes a number for each of
+    them from what they take: "mlp.gate" or "mlp.router.layer" beside "mlp.experts.down_proj"."""
+    block, (count, channels), name = experts[:-2], layer.parameter.shape, layer.name.split(".")
+    beside = name[: len(block)] == block and name[: len(block) + 1] != experts[:-1] and len(name) <= len(block) + 2
+    return beside and count == shape[0] and channels in shape[1:]
 
 
 def stacked_of(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

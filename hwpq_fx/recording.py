@@ -1,7 +1,8 @@
 """What ran during calibration, kept so that it can be run again: with `sequential`."""
 
 import logging
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -37,10 +38,12 @@ class Run(NamedTuple):
 class Recording:
     """The graph runs of calibration, as long as all of them could be run in lockstep: one for each call of the model,
     through the same stages. Where one could not, what ran is observed again for what is gathered without `sequential`,
-    with a warning, and nothing is recorded from then on."""
+    with a warning, and nothing is recorded from then on. names: of the layers that may be converted, by the ids of
+    their parameters; how others are used does not matter."""
 
-    def __init__(self, recorder: CalibrationRecorder, curvature_bytes: int | None):
+    def __init__(self, recorder: CalibrationRecorder, curvature_bytes: int | None, names: Mapping[int, str]):
         self.runs: list[Run] = []
+        self._names = names
         self.ended = False
         self._recorder, self._curvature_bytes = recorder, curvature_bytes
 
@@ -72,12 +75,17 @@ class Recording:
 
     def _why_not(self, run: Run) -> str:
         weights = run.weights()
-        ids = [weight for stage in weights for weight in {weight for weight, _ in stage}]
+        stages = Counter(weight for stage in weights for weight in {weight for weight, _ in stage})
+        several = [
+            self._names[weight]
+            for weight, count in stages.items()
+            if count > 1 and weight in self._names and weight not in self._recorder.blocked
+        ]
         devices = {value.device.type for value in run.args if isinstance(value, torch.Tensor)}
         if self.runs and self.runs[-1].call.number == run.call.number:
             return "a call of the model ran several graphs (hwpq_fx.explain shows where it breaks)"
-        if len(ids) > len(set(ids)):
-            return "a weight multiplies several inputs"
+        if several:
+            return f"{several[0]} multiplies several inputs, which one order does not fit (config.ignore leaves it out)"
         if any(stage.autocast for stage in run.staged.stages) or any(map(torch.is_autocast_enabled, devices)):
             return "the model ran under autocast"
         if self.runs and self.runs[0].weights() != weights:

@@ -119,6 +119,8 @@ class Report:
         lines = [sizes]
         for paths, count in Counter(layer.paths for layer in self.converted if layer.paths).items():
             lines.append(f"{count} {'layer runs' if count == 1 else 'layers run'} as: {paths}")
+        done = Counter(layer.compensation for layer in self.converted if layer.compensation)
+        lines.append("; ".join(f"compensation of {_layers(count)}: {what}" for what, count in done.items()))
         lines.append(", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items()))
         return "\n".join(line for line in lines if line)
 
@@ -129,6 +131,10 @@ class Report:
         console.print(self.table())
         console.print(self.summary(), highlight=False, soft_wrap=True)
         return text.getvalue()
+
+
+def _layers(count: int) -> str:
+    return "1 layer" if count == 1 else f"{count} layers"
 
 
 def report(model: Callable[..., Any]) -> Report:

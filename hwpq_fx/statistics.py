@@ -52,19 +52,18 @@ def kept_rows(x: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
 
 
 class Call(NamedTuple):
-    """A call of the model: which one, and where it came with padding, which tokens are none: `keep`, bool [tokens] for
-    a mask of `mask_shape`."""
+    """A call of the model: which one, and where it came with padding, which tokens are none: bool, by the shape of the
+    tokens."""
 
     number: int = -1
-    keep: torch.Tensor | None = None
-    mask_shape: torch.Size | None = None
+    masks: tuple[torch.Tensor, ...] = ()
 
     def rows_to_keep(self, x: torch.Tensor) -> torch.Tensor | None:
         """Of an input [..., K]: bool [rows], or None where all of them count."""
-        if self.keep is None:
-            return None
-        per_token = x.shape[:-1] == self.mask_shape or (x.dim() == 2 and x.shape[0] == self.keep.numel())
-        return self.keep.to(x.device) if per_token else None
+        for keep in self.masks:
+            if x.shape[:-1] == keep.shape or (x.dim() == 2 and x.shape[0] == keep.numel()):
+                return keep.flatten().to(x.device)
+        return None
 
 
 class CalibrationRecorder:
@@ -79,14 +78,16 @@ class CalibrationRecorder:
         self._inputs: dict[Any, InputStatistics] = {}
         self.call = Call()
 
-    def begin_call(self, attention_mask: Any) -> None:
-        """A new call of the model. Rows where a 2-D mask is 0 are padding and do not count."""
+    def begin_call(self, *masks: Any) -> None:
+        """A new call of the model. Rows where a 2-D mask is 0 are padding and do not count; where two masks are of one
+        shape, nothing tells whose rows an input has, and only those count as padding that are it in both."""
         self.calls += 1
-        self.call = Call(self.calls - 1)
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-            keep = attention_mask.detach().flatten() != 0
-            if not bool(keep.all()):
-                self.call = Call(self.calls - 1, keep, attention_mask.shape)
+        kept: dict[torch.Size, torch.Tensor] = {}
+        for mask in masks:
+            if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+                keep = mask.detach() != 0
+                kept[mask.shape] = keep | kept[mask.shape].to(keep.device) if mask.shape in kept else keep
+        self.call = Call(self.calls - 1, tuple(keep for keep in kept.values() if not bool(keep.all())))
 
     def observe(self, x: torch.Tensor, weights: tuple[torch.Tensor, ...], uses: tuple[Use, ...]) -> None:
         """Add an input that all these weights multiply."""

@@ -17,7 +17,7 @@ from torch import fx
 from torch._subclasses import FakeTensor
 
 from .inline import inline_attention
-from .products import products
+from .products import on_the_left, products
 from .values import copy_of, leaves, memory, memory_of, op_name, value_of
 
 OBSERVER = "hwpq_observer"
@@ -143,6 +143,8 @@ def _other_use(weight: fx.Node, same_memory: list[fx.Node], served: set[tuple[fx
         for user in node.users:
             if user.target == OBSERVER or (node, user) in served or _is_view(weight, user):
                 continue
+            if on_the_left(node, user):
+                return f"also used by {op_name(user)} on its left (W @ x)"
             return f"also used by {op_name(user)}, which is not a product with a 2-D weight"
     return None
 

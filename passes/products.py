@@ -56,6 +56,12 @@ def match(node: fx.Node) -> Product | None:
     return Product(node, x, weight, bias, linear)
 
 
+def on_the_left(weight: fx.Node, user: fx.Node) -> bool:
+    """Whether `user` is weight @ something."""
+    target = getattr(user.target, "overloadpacket", user.target)
+    return (target in MM or target in MATMUL) and bool(user.args) and user.args[0] is weight
+
+
 def products(graph: fx.Graph) -> Iterator[Product]:
     """Every product in the graph, in order."""
     touched: Counter[int | None] = Counter()

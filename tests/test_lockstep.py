@@ -228,7 +228,7 @@ class Cast(Toy):
     ("kind", "says"),
     [
         (Broken, "ran several graphs"),
-        (Reused, "a weight multiplies several inputs"),
+        (Reused, "0.a multiplies several inputs"),
         (Turning, "ran through different layers"),
         (Cast, "autocast"),
     ],
@@ -262,8 +262,32 @@ def test_autocast_around_the_calls(caplog):
     assert compensations(made[1]) == {PLAIN}
 
 
+class Beside(Reused):
+    """What is used twice need not be converted."""
+
+    def __init__(self):
+        super().__init__()
+        self.twice = nn.Linear(32, 32)
+
+    def forward(self, h, attention_mask=None):
+        h = Toy.forward(self, self.twice(self.twice(h)))
+        return h + self.twice.weight.topk(2)[0].sum() if self.blocked else h
+
+
+@pytest.mark.parametrize(
+    ("blocked", "fields"), [(False, {"ignore": ["twice"]}), (False, {"targets": ["re:0", "re:1"]}), (True, {})]
+)
+def test_what_stays_dense_may_multiply_several_inputs(blocked, fields, caplog):
+    model = Beside().eval()
+    model.blocked = blocked
+    convert(model, Toy.batches(2), HWPQConfig(sequential=True, **fields))
+    assert not warnings(caplog)
+    assert {line.name: line.status for line in report(model).layers}["twice"] == "dense"
+    assert compensations(model) == {ORDERED}
+
+
 def test_nothing_is_kept_once_it_cannot_be():
-    calibration = Calibration(Broken(), None, sequential=True)
+    calibration = Calibration(Broken(), None, sequential={})
     calibration.run(Toy.batches())
     calibration.remove()
     assert calibration.recording.ended and not calibration.recording.runs

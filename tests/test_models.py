@@ -50,6 +50,14 @@ def test_expert_weights_are_named_in_the_report():
         num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
     )  # fmt: skip
     model = MixtralForCausalLM(config).eval()
+    again = copy.deepcopy(model)
     hwpq_fx.convert(model, [MODELS["llama"][1](2, 12)])
-    experts = [line for line in hwpq_fx.report(model).layers if "expert" in line.reason]
+    lines = {line.name: line for line in hwpq_fx.report(model).layers}
+    experts = [line for line in lines.values() if "matrix per expert" in line.reason]
     assert len(experts) == 2 and all(line.status == "dense" and line.shape[0] == 4 for line in experts)
+    # their router has little to give and much to lose
+    router = lines["model.layers.0.mlp.gate"]
+    assert router.status == "dense" and "chooses among experts" in router.reason
+    # but for whom asks for it
+    hwpq_fx.convert(again, [MODELS["llama"][1](2, 12)], hwpq_fx.HWPQConfig(targets=["mlp.gate"]))
+    assert [line.name for line in hwpq_fx.report(again).converted] == ["model.layers.0.mlp.gate"]

@@ -231,6 +231,8 @@ def test_a_weight_multiplied_by_itself():
 def test_the_reason_names_the_use():
     assert "embedding" in watched(Weighted(BLOCKED["embedding"]), torch.randn(5, K)).blocked["w"]
     assert "topk" in watched(Weighted(BLOCKED["topk"]), torch.randn(5, K)).blocked["w"]
+    left = watched(Weighted(BLOCKED["on the left"]), torch.randn(5, K)).blocked["w"]
+    assert left == "also used by matmul on its left (W @ x)"
 
 
 def test_a_parameter_that_is_not_contiguous():

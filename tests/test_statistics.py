@@ -131,6 +131,45 @@ class TestPadding:
         x = torch.randn(2, 3, 8)
         assert_sums(self.recorded(x, mask), x)
 
+    def test_two_masks_go_by_their_shapes(self):
+        recorder, weight, use = CalibrationRecorder(), torch.empty(5, 8), Use(False, 0, 5)
+        other = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]])
+        recorder.begin_call(self.MASK, other, None)
+        x, y = torch.randn(2, 3, 8), torch.randn(8, 8)
+        for one in (x, y):
+            recorder.observe(one, (weight,), (use,))
+        (statistics,) = recorder.uses[id(weight)][use]
+        assert_sums(statistics, x[self.MASK == 1], y[other.flatten() == 1])
+
+    def test_of_two_masks_of_one_shape_padding_is_what_both_say(self):
+        recorder, weight, use = CalibrationRecorder(), torch.empty(5, 8), Use(False, 0, 5)
+        x = torch.randn(2, 3, 8)
+        recorder.begin_call(self.MASK, torch.tensor([[0, 1, 1], [0, 1, 0]]))
+        recorder.observe(x, (weight,), (use,))
+        (statistics,) = recorder.uses[id(weight)][use]
+        assert_sums(statistics, x[torch.tensor([[1, 1, 1], [1, 1, 0]]) == 1])
+
+    @pytest.mark.parametrize(("length", "told"), [(5, None), (12, None), (12, "labels"), (5, "mask"), (12, "mask")])
+    def test_an_encoder_and_a_decoder(self, length, told):
+        """Rows of the decoder are not told by the encoder's mask, also where both are as long."""
+        from transformers import T5Config, T5ForConditionalGeneration
+
+        sizes = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+        model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
+        mask, theirs = torch.ones(2, 12, dtype=torch.long), torch.ones(2, length, dtype=torch.long)
+        mask[1, 6:], theirs[0, 3:] = 0, 0
+        ids = torch.randint(3, 64, (2, length))
+        batch = {"input_ids": torch.randint(3, 64, (2, 12)), "attention_mask": mask}
+        batch |= {"labels" if told == "labels" else "decoder_input_ids": ids}
+        if told == "mask":
+            batch["decoder_attention_mask"] = theirs
+        convert(model, [batch], HWPQConfig(compensation="energy"))
+        rows = {line.name: line.rows for line in report(model).layers}
+        real = 2 * length if told != "mask" else int(theirs.sum())
+        both = 24 if told != "mask" or length == 5 else int((mask | theirs).sum())
+        assert rows["decoder.block.0.layer.0.SelfAttention.q"] == (real if length == 5 else both)
+        assert rows["encoder.block.0.layer.0.SelfAttention.q"] == (18 if length == 5 else both)
+
     def test_a_mask_holds_for_one_call(self):
         recorder, weight, use = CalibrationRecorder(), torch.empty(5, 8), Use(False, 0, 5)
         x = torch.randn(2, 3, 8)
