@@ -190,6 +190,12 @@ def check_headers(files: Iterable[str], table: Mapping[str, Stored]) -> dict[str
                 if entry.get_dtype() != SAFETENSORS_DTYPES[part]:
                     raise CheckpointError(f"{key} is {entry.get_dtype()}, not {SAFETENSORS_DTYPES[part]}")
                 found.setdefault(match["owner"] + match["attribute"], {})[part] = tuple(entry.get_shape())
+    if len(found) > len(table):
+        unknown = next(name for name in found if name not in table)
+        raise CheckpointError(
+            f"{unknown}: the files hold {len(found)} packed weights, config.json tells of {len(table)}; it is another "
+            "conversion's, or was changed"
+        )
     for name, parts in found.items():
         stored = table.get(name, Stored(SPARSE24 if "sparse_metadata" in parts else FP8, "none"))
         for part in PARTS[stored.format]:

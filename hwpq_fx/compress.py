@@ -300,7 +300,7 @@ def _compensate(
         diagonal = gram.diagonal if isinstance(gram, MatrixFree) else None
         steps = config.cg_steps * (config.cg_rounds + 1)
         new = reconstruct(dense, mask, gram, steps, damping, diagonal, drift, dtype)
-    return new.to(weight.dtype), mask, torch.ones(weight.shape[0], device=weight.device)
+    return new.to(weight.dtype), mask, torch.ones(weight.shape[0], dtype=torch.float32, device=weight.device)
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
@@ -319,7 +319,9 @@ def _squared_errors(weight: torch.Tensor, made: Any, span: Span) -> tuple[float,
         gram = span.curvature[0]
         lost = reconstruction_loss(weight, restored, gram).sum().item()
         return lost, reconstruction_loss(weight, torch.zeros_like(weight), gram).sum().item()
-    sum_sq = torch.ones(weight.shape[1], device=weight.device) if span.sum_sq is None else span.sum_sq
+    sum_sq = span.sum_sq
+    if sum_sq is None:
+        sum_sq = torch.ones(weight.shape[1], dtype=torch.float32, device=weight.device)
     channel = (sum_sq / sum_sq.max().clamp(min=torch.finfo(torch.float32).tiny)).double()
     lost = ((weight - restored).double().square() @ channel).sum().item()
     return lost, (weight.double().square() @ channel).sum().item()

@@ -29,6 +29,7 @@ from .compress import (
     stacked_lines,
 )
 from .config import HWPQConfig
+from .context import as_written
 from .distributed import reduce_statistics
 from .errors import CalibrationError, ConfigError, ModelError
 from .layers import Layer, check_convertible, check_patterns, is_target, layers_of, left_out, put
@@ -104,6 +105,8 @@ def convert(
     then as it was before, without observers. `hwpq_fx.report(model)` tells what was done to each layer.
     """
     module = _module_of(model)
+    if plan is not None and not isinstance(plan, Plan):
+        raise TypeError(f"plan is {type(plan).__name__}, not what hwpq_fx.plan gives or Plan.load reads")
     prepared = module.__dict__.pop(PREPARED, None)
     try:
         if prepared is None:
@@ -124,7 +127,7 @@ def convert(
         if prepared is not None and prepared.calibration is not None:
             prepared.calibration.remove()
     # what is made here stays: it must not be tensors that only inference mode can use
-    with torch.inference_mode(False), torch.no_grad():
+    with as_written():
         made, report = _compress_all(module, prepared, progress, plan)
         # the model, or parts of it that were compiled one by one
         parts = [model, *(part for part in module.modules() if part is not module)]
@@ -134,12 +137,12 @@ def convert(
                 put(layer, weight)
             for part, settings in compiled:
                 compile_in_place(part, HwpqBackend(settings.backend), settings)
+            attach(module, prepared.config)
+            attach_report(module, report)
         except BaseException:
             for layer, _ in made:
                 put(layer, layer.parameter)
             raise
-    attach_report(module, report)
-    attach(module, prepared.config)
     return model
 
 
@@ -211,7 +214,7 @@ def plan(
     finally:
         if prepared.calibration is not None:
             prepared.calibration.remove()
-    with torch.inference_mode(False), torch.no_grad():
+    with as_written():
         candidates, _ = _candidates(module, prepared)
         return _planned(candidates, prepared.config, gpu, progress)[0]
 

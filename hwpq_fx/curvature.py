@@ -25,7 +25,7 @@ class GramMatrix:
     """X^T X, float32 [K, K]."""
 
     def __init__(self, channels: int, device: torch.device):
-        self.matrix = torch.zeros(channels, channels, device=device)
+        self.matrix = torch.zeros(channels, channels, dtype=torch.float32, device=device)
 
     @property
     def nbytes(self) -> int:
@@ -41,8 +41,8 @@ class RowSample:
 
     def __init__(self, channels: int, device: torch.device, capacity: int):
         self.capacity = capacity
-        self.rows = torch.empty(0, channels, device=device)
-        self._lots = torch.empty(0)
+        self.rows = torch.empty(0, channels, dtype=torch.float32, device=device)
+        self._lots = torch.empty(0, dtype=torch.float32, device="cpu")
         self._random = torch.Generator().manual_seed(0)
 
     @property
@@ -53,7 +53,8 @@ class RowSample:
     def update(self, rows: torch.Tensor) -> None:
         """Offer rows [R, K], any floating dtype."""
         # every row draws a lot, and the highest ones stay: no matter how the rows were cut into batches
-        lots = torch.cat([self._lots, torch.rand(rows.shape[0], generator=self._random)])
+        drawn = torch.rand(rows.shape[0], dtype=torch.float32, device="cpu", generator=self._random)
+        lots = torch.cat([self._lots, drawn])
         self._lots, chosen = lots.topk(min(self.capacity, len(lots)))
         self.rows = torch.cat([self.rows, rows.float()])[chosen.to(rows.device)]
 

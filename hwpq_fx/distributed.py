@@ -120,7 +120,7 @@ def _drawn(sample: RowSample, rows: list[int], group: "ProcessGroup") -> torch.T
         count = min(seen, sample.capacity, -(-sample.capacity * seen // total))
         part = sample.rows[:count].contiguous()
         if rank != dist.get_rank(group):
-            part = torch.empty(count, sample.rows.shape[1], device=sample.rows.device)
+            part = torch.empty(count, sample.rows.shape[1], dtype=torch.float32, device=sample.rows.device)
         dist.broadcast(part, dist.get_global_rank(group, rank), group)
         parts.append(part)
     return torch.cat(parts)[: sample.capacity]

@@ -19,3 +19,8 @@ class ModelError(HWPQError, ValueError):
 
 class CheckpointError(HWPQError, ValueError):
     """A checkpoint is not one that this version reads, is incomplete, or holds values that no packed weight has."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, short enough for a message of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

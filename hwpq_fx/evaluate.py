@@ -41,18 +41,22 @@ def evaluate(model: Any, tokens: torch.Tensor, dense: Any = None, batch: int = 4
         for many, one in zip((losses, dense_losses, kls), compared, strict=True):
             many.append(one)
     loss, loss_error = _mean(losses)
-    made = Evaluation(math.exp(loss), tokens[:, 1:].numel(), loss, loss_error)
+    made = Evaluation(_perplexity(loss), tokens[:, 1:].numel(), loss, loss_error)
     if dense is None:
         return made
     difference, difference_error = _mean([ours - theirs for ours, theirs in zip(losses, dense_losses, strict=True)])
     kl, kl_error = _mean(kls)
     return made._replace(
-        dense_perplexity=math.exp(_mean(dense_losses)[0]),
+        dense_perplexity=_perplexity(_mean(dense_losses)[0]),
         difference=difference,
         difference_error=difference_error,
         kl=kl,
         kl_error=kl_error,
     )
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(loss) if not loss > 700 else math.inf  # more than a float holds
 
 
 def _logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:

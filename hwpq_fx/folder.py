@@ -34,11 +34,15 @@ def whole_folder(directory: str | os.PathLike[str]) -> Iterator[Path]:
     """An empty folder to write a checkpoint into, which takes the place of `directory` in the end, unless an exception
     comes; only a killed process leaves it behind, as `.NAME.*` beside `directory`.
 
-    On Linux the two change places in one step; elsewhere, and on file systems that cannot, in two.
+    On Linux the two change places in one step; elsewhere, and on file systems that cannot, in two. A link is followed.
+    Raises NotADirectoryError for a file, OSError for the current folder or one that it lies in: that cannot change
+    places with another while someone stands in it.
     """
-    final = Path(directory).absolute()
+    final = Path(directory).resolve()
     if final.exists() and not final.is_dir():
         raise NotADirectoryError(f"{final} is a file: a checkpoint is a folder")
+    if Path.cwd().is_relative_to(final):
+        raise OSError(f"{str(directory)!r} is the current folder, or above it: name one for the checkpoint alone")
     final.parent.mkdir(parents=True, exist_ok=True)
     holder = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
     try:
@@ -60,17 +64,17 @@ def _keep_others(old: Path, new: Path) -> None:
         target = new / path.name
         if WEIGHTS.fullmatch(path.name) or target.exists():
             continue
-        if path.is_dir():
-            shutil.copytree(path, target, copy_function=_link)
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, target, symlinks=True, copy_function=_link)
         else:
             _link(path, target)
 
 
 def _link(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
     try:
-        os.link(source, target)
-    except OSError:  # not on this file system
-        shutil.copy2(source, target)
+        os.link(source, target, follow_symlinks=False)
+    except (OSError, NotImplementedError):  # not on this file system
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def _exchange(new: Path, final: Path, old: Path) -> None:

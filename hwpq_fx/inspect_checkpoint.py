@@ -182,7 +182,7 @@ class Checkpoint:
         except (KeyError, TypeError, AttributeError, ConfigError) as error:
             raise CheckpointError(f"quantization_config: {type(error).__name__}: {error}") from error
         self.dtype = dtype_named(described.get("dtype") or "float32")
-        index = self._index()
+        index = {} if (self.folder / "model.safetensors").exists() else self._index()  # as transformers reads them
         files = [self.folder / name for name in sorted(set(index.values()) or {"model.safetensors"})]
         self.metadata: dict[str, str] = {}
         self.places: dict[str, Path] = {}
@@ -225,6 +225,8 @@ class Checkpoint:
                 found.setdefault(match["owner"] + match["attribute"], set()).add(match["part"])
         others = {name: parts for name, parts in found.items() if name not in self.table and "qdata" in parts}
         lost = [name for name in self.table if name not in found]
+        if len(others) > len(lost):
+            self.problems.append(f"{next(iter(others))} is not among the packed weights that config.json tells of")
         for name in lost[: len(others)]:
             del self.table[name]
         for name, parts in others.items():

@@ -5,17 +5,19 @@ import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from importlib.util import find_spec
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 
 from .config import HWPQConfig
 from .conversion import convert
 from .conversion import plan as make_plan
-from .errors import HWPQError
+from .errors import HWPQError, first_line
 from .evaluate import evaluate
 from .export import FORMATS
 from .export import export as export_model
@@ -35,6 +37,8 @@ def told():
         yield
     except (HWPQError, OSError) as error:
         raise click.ClickException(str(error)) from error
+    except SafetensorError as error:
+        raise click.ClickException(f"a safetensors file could not be read or written: {error}") from error
 
 
 def _device(context: click.Context, parameter: click.Parameter, value: str) -> str:
@@ -81,6 +85,8 @@ def compress(model, calib, samples, length, config_file, device, out, plan_file,
     with told():
         config = read_config(config_file)
         if dry:
+            if plan_file:
+                raise click.UsageError("--dry-run does not read plans: leave one of --plan and --dry-run out")
             found = dry_run(model, config)
             click.echo(json.dumps(found.to_dict()) if as_json else str(found))
             return
@@ -98,11 +104,11 @@ def compress(model, calib, samples, length, config_file, device, out, plan_file,
             click.echo(json.dumps(made.to_dict()) if as_json else f"{made}written to {out}")
             return
         plan = Plan.load(plan_file) if plan_file else None
-        loaded, tokenizer = load(model, device)
-        batches = calibration(loaded, tokenizer, calib, samples, length)
-        convert(loaded, batches, config, plan=plan, progress=progress)
-        made = report(loaded)
-        with whole_folder(out) as partial:
+        with whole_folder(out) as partial:  # first: it finds out whether there is a place to write to
+            loaded, tokenizer = load(model, device)
+            batches = calibration(loaded, tokenizer, calib, samples, length)
+            convert(loaded, batches, config, plan=plan, progress=progress)
+            made = report(loaded)
             loaded.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
             (partial / REPORT).write_text(json.dumps(made.to_dict()))
@@ -121,6 +127,9 @@ def plan(model, calib, samples, length, config_file, device, gpu, out, plot, as_
     with told():
         if plot and find_spec("matplotlib") is None:
             raise click.UsageError("--plot needs matplotlib: pip install 'hwpq_fx[plot]'")
+        for file in (out, plot):
+            if file and not file.absolute().parent.is_dir():
+                raise click.UsageError(f"{file}: there is no folder {file.absolute().parent}")
         loaded, tokenizer = load(model, device)
         batches = calibration(loaded, tokenizer, calib, samples, length)
         config, progress = read_config(config_file), not as_json and sys.stderr.isatty()
@@ -156,7 +165,11 @@ def evaluate_command(model, text, against, samples, length, device, as_json) -> 
         tokens = sequences(tokenizer, texts_of(text), _length(loaded, length), samples)
         found = evaluate(loaded, tokens, dense)
     if as_json:
-        click.echo(json.dumps(found._asdict()))
+        # JSON has neither NaN nor infinity
+        numbers = {
+            name: value if value is not None and isfinite(value) else None for name, value in found._asdict().items()
+        }
+        click.echo(json.dumps(numbers))
         return
     console = Console()
     console.print(f"perplexity {found.perplexity:.3f} on {found.tokens} tokens")
@@ -192,10 +205,17 @@ def load(model: str, device: str) -> tuple[Any, Any]:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-        return loaded.to(device).eval(), tokenizer
-    except (OSError, ValueError) as error:
-        raise click.ClickException(f"{model}: {error}") from error
+        found: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto", output_loading_info=True)
+    except Exception as error:  # transformers raises whatever its parts do
+        raise click.ClickException(f"{model}: {first_line(error)}") from error
+    loaded, told = found
+    if missing := sorted(told["missing_keys"]):
+        kind, others = " or ".join(loaded.config.architectures or ["model"]), len(missing) - 1
+        raise click.ClickException(
+            f"{model}: {missing[0]} is not in the checkpoint{f', nor are {others} others' if others else ''}: the "
+            f"checkpoint lacks something, or its {kind} is no causal language model and wants hwpq_fx.convert"
+        )
+    return loaded.to(device).eval(), tokenizer
 
 
 def calibration(model: Any, tokenizer: Any, calib: str | None, samples: int, length: int) -> list[dict] | None:
@@ -231,7 +251,10 @@ def read_config(file: Path | None) -> HWPQConfig:
     if file is None:
         return HWPQConfig()
     try:
-        return HWPQConfig(**json.loads(file.read_text()))
+        fields = json.loads(file.read_text(encoding="utf-8-sig"))
+        if not isinstance(fields, dict):
+            raise TypeError("it holds no JSON object")
+        return HWPQConfig(**fields)
     except (ValueError, TypeError) as error:
         raise click.ClickException(f"{file}: {error}") from error
 

@@ -22,6 +22,7 @@ from .calibration import tracked
 from .checkpoint import Stored, split, table_from_json, table_to_json
 from .compress import Statistics, cannot_compress, check_weight, compress, dense_line, stacked_lines
 from .config import PLAIN, HWPQConfig
+from .context import as_written
 from .errors import CalibrationError, ConfigError, ModelError
 from .layers import Layer, check_patterns, layers_of, left_out
 from .report import REPORT_METADATA, LayerReport, Report
@@ -66,7 +67,7 @@ def compress_checkpoint(
     calls = None if batches is None else [_call(batch, number) for number, batch in enumerate(batches)]
     if calls == []:
         raise CalibrationError("calibration ran no batch: batches is empty")
-    with torch.inference_mode(False), torch.no_grad():
+    with as_written():
         conversion = _Conversion(Skeleton(Shards(source), device), config, calls)
         files = [source / "config.json", *conversion.shards.files]
         run = Run(out, fingerprint(files, calls, config, device), resume)

@@ -210,7 +210,7 @@ def mark_outliers(layers: Sequence[PlannedLayer]) -> None:
         if SPARSE in layer.errors:
             kinds.setdefault(layer.name.rpartition(".")[2], []).append(layer)
     for alike in kinds.values():
-        errors = torch.tensor([[layer.errors[SPARSE] for layer in alike]])
+        errors = torch.tensor([[layer.errors[SPARSE] for layer in alike]], dtype=torch.float32, device="cpu")
         mean, dev = ewma(errors)
         unusual = (errors > mean + OUTLIER_DEVIATIONS * dev)[0]
         for layer, is_outlier in zip(alike, unusual.tolist(), strict=True):

@@ -12,14 +12,16 @@ from weakref import WeakSet
 import torch
 from torch import nn
 from torchao.quantization.transform_module import register_quantize_module_handler
+from torchao.utils import TorchAOBaseTensor
 
 from hwpq_fx.kernels import FORMAT_K, Float8Sparse24Tensor
 from hwpq_fx.passes import Use
 
 from .compress import cannot_compress, check_packing_format, check_weight, compress, fast
 from .config import DEFAULT_IGNORE, SPARSE_2D, HWPQConfig
+from .context import as_written
 from .curvature import CurvatureBudget
-from .errors import CalibrationError, ConfigError
+from .errors import CalibrationError, ConfigError, ModelError
 from .layers import Layer
 from .statistics import InputStatistics
 from .torchao_tensor import to_torchao
@@ -70,6 +72,8 @@ def quantize_module(module: nn.Module, config: HWPQConfig, *, parameter_name: st
     if config.max_loss is not None or config.min_speedup is not None:
         raise ConfigError("max_loss and min_speedup weigh layers against each other: use hwpq_fx.convert")
     check_packing_format(config, parameter.device)
+    if isinstance(parameter, TorchAOBaseTensor):
+        raise ModelError(f"{what} is a {type(parameter).__name__}: it has been converted or quantized already")
     layer = Layer([what], module, parameter_name, parameter, [])
     use = layer.static_use if parameter.dim() == 2 else None
     reason = cannot_compress(layer, [use], config) if use else "not a linear layer with a 2-D weight"
@@ -85,7 +89,7 @@ def quantize_module(module: nn.Module, config: HWPQConfig, *, parameter_name: st
     else:
         observers = [_observer(module, layer)] if config.step == "convert" else []
         check_weight(layer)
-        with torch.no_grad():
+        with as_written():
             statistics = {use: [observer.statistics for observer in observers]}
             new = fast(compress(what, parameter, statistics, config), config)
         for observer in observers:
@@ -120,7 +124,7 @@ def _empty(parameter: torch.Tensor, use: Use, config: HWPQConfig) -> torch.Tenso
     weight = Float8Sparse24Tensor(
         torch.zeros(rows, cols // 2, dtype=torch.float8_e4m3fn, device=device),
         torch.full((rows, cols // FORMAT_K), 0x44, dtype=torch.uint8, device=device),
-        torch.ones(rows, 1, device=device),
+        torch.ones(rows, 1, dtype=torch.float32, device=device),
         config.activation,
         False,
         parameter.dtype,

@@ -42,7 +42,7 @@ class MatrixFree:
 
     def __call__(self, rows: Tensor) -> Tensor:
         """rows: [N, K], in the dtype to multiply in. Returns float32 [N, K]."""
-        out = torch.zeros(rows.shape, device=rows.device)
+        out = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
         for part in self._parts(max(rows.shape), rows.dtype):
             out += rows @ part.T @ part
         return out
@@ -56,7 +56,7 @@ class MatrixFree:
     def blocks(self) -> Tensor:
         """float32 [K/4, 4, 4], of X^T X along its diagonal."""
         channels = self.sample.shape[1]
-        out = torch.zeros(channels // 4, 4, 4, device=self.sample.device)
+        out = torch.zeros(channels // 4, 4, 4, dtype=torch.float32, device=self.sample.device)
         for part in self._parts(channels):
             groups = part.view(-1, channels // 4, 4).transpose(0, 1)
             out.baddbmm_(groups.mT, groups)
@@ -342,7 +342,11 @@ def _unit_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _unit_drift(drift: Tensor | None, back: Tensor, size: float) -> Tensor:
-    return torch.zeros((), device=back.device) if drift is None else (drift.detach() / (back * size)).float()
+    return (
+        torch.zeros((), dtype=torch.float32, device=back.device)
+        if drift is None
+        else (drift.detach() / (back * size)).float()
+    )
 
 
 def _diagonal(gram: Gram, diagonal: Tensor | None, channels: int) -> Tensor:

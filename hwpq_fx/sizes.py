@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from hwpq_fx.kernels.roofline import packed_bytes
 from .compress import cannot_compress, shape_of
 from .config import HWPQConfig
 from .curvature import CurvatureBudget
-from .errors import ModelError
+from .errors import ModelError, first_line
 from .layers import STACKED, check_patterns, layers_of, left_out, stacked_of
+from .shards import Shards
 
 
 @dataclass
@@ -78,6 +80,13 @@ class DryRun:
         return text.getvalue()
 
 
+def _stored_dtype(source: str) -> torch.dtype:
+    try:
+        return Shards(Path(source)).dtype
+    except ModelError:  # of a hub, or not written yet
+        return torch.float32
+
+
 def dry_run(source: str, config: HWPQConfig) -> DryRun:
     """Look at a causal language model, a folder or a hub id, on the meta device.
 
@@ -87,15 +96,16 @@ def dry_run(source: str, config: HWPQConfig) -> DryRun:
 
     try:
         described = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{source}: {error}") from error
+    except Exception as error:  # transformers raises whatever its parts do
+        raise ModelError(f"{source}: {first_line(error)}") from error
     if getattr(described, "quantization_config", None) is not None:
         raise ModelError(f"{source} is quantized already")
     with torch.device("meta"):
         try:
-            model = AutoModelForCausalLM.from_config(described, dtype=described.dtype or torch.float32)
+            model = AutoModelForCausalLM.from_config(described, dtype=described.dtype or _stored_dtype(source))
         except ValueError as error:
-            raise ModelError(f"{source} is no causal language model: {error}") from error
+            kind = " or ".join(described.architectures or [type(described).__name__])
+            raise ModelError(f"{source}: a {kind} is no causal language model: use hwpq_fx.convert") from error
     layers = layers_of(model)
     check_patterns(layers, config)
     budget = CurvatureBudget(config.gathered_bytes)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from .errors import CalibrationError, ModelError
+from .errors import CalibrationError, ModelError, first_line
 from .shards import Shards
 
 CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -28,12 +28,18 @@ class Skeleton:
         self.shards, self.device = shards, device
         try:
             config = AutoConfig.from_pretrained(shards.folder)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{shards.folder}: {error}") from error
+        except Exception as error:  # transformers raises whatever its parts do
+            raise ModelError(f"{shards.folder}: {first_line(error)}") from error
         if getattr(config, "quantization_config", None) is not None:
             raise ModelError(f"{shards.folder} is quantized already")
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+            try:
+                model: Any = AutoModelForCausalLM.from_config(config, dtype=config.dtype or shards.dtype)
+            except ValueError as error:
+                kind = " or ".join(config.architectures or [type(config).__name__])
+                raise ModelError(
+                    f"{shards.folder}: a {kind} is no causal language model: use hwpq_fx.convert"
+                ) from error
         self.model = model.eval().requires_grad_(False)
         self._compute_buffers()
         self.name, self.blocks = blocks_of(self.model)
@@ -64,12 +70,18 @@ class Skeleton:
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             names.setdefault(id(tensor), []).append(name)
         stored: dict[str, str] = {}
+        tensors, model = self.shards.tensors(), self.model.state_dict(keep_vars=True)
         for same in names.values():
             found = next((name for name in same if name in self.shards), None)
             if found is None:
                 raise ModelError(
                     f"{self.shards.folder} holds no {same[0]}: the checkpoint keeps its tensors under other names than "
                     f"{type(self.model).__name__} does; load it with transformers and use hwpq_fx.convert"
+                )
+            if found in tensors and tensors[found][0] != tuple(model[same[0]].shape):
+                raise ModelError(
+                    f"{self.shards.folder}: {found} is {list(tensors[found][0])}, and config.json makes it "
+                    f"{list(model[same[0]].shape)}"
                 )
             stored |= dict.fromkeys(same, found)
         return stored

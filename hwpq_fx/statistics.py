@@ -20,7 +20,7 @@ class InputStatistics:
         # normal tensors, which updates inside and outside of inference mode may change
         with torch.inference_mode(False):
             self.total = torch.zeros(channels, dtype=torch.float64, device=device)
-            self.bad_call = torch.full((), -1, device=device)
+            self.bad_call = torch.full((), -1, dtype=torch.int64, device=device)
         self.rows = 0
         self.curvature = curvature
 

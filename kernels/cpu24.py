@@ -108,7 +108,9 @@ def _select24(weight, sum_sq=None, saliency=DEFAULT_SALIENCY, selection=DEFAULT_
     check_select24(weight, sum_sq, saliency, selection, mean_rate, dev_rate)
     if selection == "ewma_streaming" or not _serves(weight):
         return select24_reference(weight, sum_sq, saliency, selection, mean_rate, dev_rate, lam)
-    rates = torch.tensor([decays(mean_rate), decays(dev_rate)]) if selection == "ewma" else None
+    rates = None
+    if selection == "ewma":
+        rates = torch.tensor([decays(mean_rate), decays(dev_rate)], dtype=torch.float32, device="cpu")
     mask, settled = torch.ops.hwpq_fx.cpu_select24(
         weight.contiguous(),
         *_score_arguments(weight, sum_sq, saliency),
