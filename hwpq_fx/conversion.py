@@ -116,6 +116,8 @@ def convert(
             raise ModelError("a prepared model has its config already: give it to prepare(), not to convert()")
         else:
             _checked(module, prepared.config)
+        if plan is not None and prepared.config.sparsity != "2:4":
+            raise ConfigError(f'a plan is for sparsity "2:4", not {prepared.config.sparsity!r}')
         if group is not None and prepared.config.sequential:
             raise ConfigError("sequential is for one process: the layers are converted where all batches are")
         if prepared.calibration is not None:

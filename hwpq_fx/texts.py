@@ -22,10 +22,12 @@ def texts_of(source: str) -> list[str]:
     """
     file = Path(source)
     if not file.is_file():
+        if not source or file.suffix.lower() in (".txt", ".json", ".jsonl", ".md", ".csv", ".parquet"):
+            raise CalibrationError(f"there is no file {source!r}")
         return _dataset(source)
     try:
-        content = file.read_text(encoding="utf-8")
-        if file.suffix == ".jsonl":
+        content = file.read_text(encoding="utf-8-sig")
+        if file.suffix.lower() == ".jsonl":
             texts = [json.loads(line)["text"] for line in content.split("\n") if line.strip()]
         else:
             texts = [content]
@@ -33,6 +35,8 @@ def texts_of(source: str) -> list[str]:
         raise CalibrationError(f'{source}: not text, or no JSON lines with "text": {error}') from error
     if any(not isinstance(text, str) for text in texts):
         raise CalibrationError(f'{source}: a line\'s "text" is no text')
+    # JSON can tell of halves of characters, which no tokenizer takes
+    texts = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
     if not any(text.strip() for text in texts):
         raise CalibrationError(f"{source} holds no text")
     return texts

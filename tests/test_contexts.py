@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torchao.quantization import quantize_
 
-from hwpq_fx import HWPQConfig, ModelError, convert, plan
+from hwpq_fx import ConfigError, HWPQConfig, ModelError, convert, plan
 from hwpq_fx.kernels import Float8Sparse24Tensor
 
 
@@ -100,6 +100,14 @@ def test_a_plan_of_another_type_is_refused_at_once():
     model, _ = model_and_batches()
     with pytest.raises(TypeError, match="plan is dict"):
         convert(model, (pytest.fail("a batch is taken") for _ in range(1)), plan={"layers": []})
+
+
+def test_a_plan_is_for_two_of_four():
+    model, batches = model_and_batches()
+    made = plan(model, batches)
+    with pytest.raises(ConfigError, match="sparsity"):
+        convert(model, batches, HWPQConfig(sparsity=0.5), plan=made)
+    assert all(type(one) is nn.Parameter for one in model.parameters())
 
 
 def test_quantize_twice():

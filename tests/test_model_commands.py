@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hwpq_fx import HWPQConfig, Plan
+from hwpq_fx import CalibrationError, HWPQConfig, Plan
 from hwpq_fx.cli import main
 from hwpq_fx.evaluate import evaluate
 from hwpq_fx.kernels import Float8Sparse24Tensor
@@ -140,6 +140,10 @@ def test_texts(tmp_path):
     assert texts_of(str(tmp_path / "a.jsonl")) == ["abc", "de"]
     cut = sequences(Letters(), ["abc", "de"], 3, 10)
     assert cut.tolist() == [[97, 98, 99], [0, 100, 101]]
+    (tmp_path / "b.JSONL").write_text('\ufeff{"text": "a\\ud800b"}', encoding="utf-8")
+    assert texts_of(str(tmp_path / "b.JSONL")) == ["a?b"]
+    with pytest.raises(CalibrationError, match=r"there is no file 'nowhere\.jsonl'"):
+        texts_of("nowhere.jsonl")
     assert sequences(Letters(), ["abcdefghi"], 2, 2).tolist() == [[97, 98], [105, 0]]  # spread over the text
 
 
