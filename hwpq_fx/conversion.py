@@ -128,7 +128,6 @@ def convert(
     finally:
         if prepared is not None and prepared.calibration is not None:
             prepared.calibration.remove()
-    # what is made here stays: it must not be tensors that only inference mode can use
     with as_written():
         made, report = _compress_all(module, prepared, progress, plan)
         # the model, or parts of it that were compiled one by one
@@ -149,8 +148,10 @@ def convert(
 
 
 def _calibration(model: Any, config: HWPQConfig) -> Calibration:
-    names = {id(layer.parameter): layer.name for layer in layers_of(unwrap(model)) if not left_out(layer, config)}
-    return Calibration(model, config.gathered_bytes, names if config.sequential else None)
+    names = None
+    if config.sequential:
+        names = {id(layer.parameter): layer.name for layer in layers_of(unwrap(model)) if not left_out(layer, config)}
+    return Calibration(model, config.gathered_bytes, names)
 
 
 def _module_of(model: Any) -> nn.Module:

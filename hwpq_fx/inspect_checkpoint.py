@@ -182,7 +182,7 @@ class Checkpoint:
         except (KeyError, TypeError, AttributeError, ConfigError) as error:
             raise CheckpointError(f"quantization_config: {type(error).__name__}: {error}") from error
         self.dtype = dtype_named(described.get("dtype") or "float32")
-        index = {} if (self.folder / "model.safetensors").exists() else self._index()  # as transformers reads them
+        index = self._index()
         files = [self.folder / name for name in sorted(set(index.values()) or {"model.safetensors"})]
         self.metadata: dict[str, str] = {}
         self.places: dict[str, Path] = {}
@@ -197,9 +197,9 @@ class Checkpoint:
         self._find_renamed()
 
     def _index(self) -> dict[str, str]:
-        """File by tensor, where the checkpoint is in shards."""
+        """File by tensor, where the checkpoint is in shards; a single file goes before them, as in transformers."""
         path = self.folder / "model.safetensors.index.json"
-        if not path.exists():
+        if (self.folder / "model.safetensors").exists() or not path.exists():
             return {}
         index = _json(path).get("weight_map")
         if not isinstance(index, dict) or not all(Path(str(file)).name == file for file in index.values()):

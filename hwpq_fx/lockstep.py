@@ -17,7 +17,6 @@ as the aim are GPTAQ's (Li et al., arXiv 2504.02692), without the residual.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -110,8 +109,9 @@ class _Seen:
         second = budget.grant(channels, device) if any(job.status == SPARSE for job in jobs) else None
         self.cross = second.matrix if isinstance(second, GramMatrix) else None
         pulled = [] if self.cross is None else pulled
-        zeros = partial(torch.zeros, dtype=torch.float32, device=device)
-        self.pulls = {job.layer.name: (job, zeros(job.shape)) for job in pulled}
+        self.pulls = {
+            job.layer.name: (job, torch.zeros(job.shape, dtype=torch.float32, device=device)) for job in pulled
+        }
 
 
 def _observe(lanes: list[_Lane], number: int, jobs: list[_Job], config: HWPQConfig) -> _Seen:

@@ -205,11 +205,11 @@ def load(model: str, device: str) -> tuple[Any, Any]:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
-        found: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto", output_loading_info=True)
+        made: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto", output_loading_info=True)
     except Exception as error:  # transformers raises whatever its parts do
         raise click.ClickException(f"{model}: {first_line(error)}") from error
-    loaded, told = found
-    if missing := sorted(told["missing_keys"]):
+    loaded, information = made
+    if missing := sorted(information["missing_keys"]):
         kind, others = " or ".join(loaded.config.architectures or ["model"]), len(missing) - 1
         raise click.ClickException(
             f"{model}: {missing[0]} is not in the checkpoint{f', nor are {others} others' if others else ''}: the "

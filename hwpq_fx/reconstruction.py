@@ -342,11 +342,9 @@ def _unit_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _unit_drift(drift: Tensor | None, back: Tensor, size: float) -> Tensor:
-    return (
-        torch.zeros((), dtype=torch.float32, device=back.device)
-        if drift is None
-        else (drift.detach() / (back * size)).float()
-    )
+    if drift is None:
+        return torch.zeros((), dtype=torch.float32, device=back.device)
+    return (drift.detach() / (back * size)).float()
 
 
 def _diagonal(gram: Gram, diagonal: Tensor | None, channels: int) -> Tensor:

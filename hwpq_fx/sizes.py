@@ -16,9 +16,10 @@ from hwpq_fx.kernels.roofline import packed_bytes
 from .compress import cannot_compress, shape_of
 from .config import HWPQConfig
 from .curvature import CurvatureBudget
-from .errors import ModelError, first_line
+from .errors import ModelError
 from .layers import STACKED, check_patterns, layers_of, left_out, stacked_of
 from .shards import Shards
+from .skeleton import on_meta
 
 
 @dataclass
@@ -92,20 +93,7 @@ def dry_run(source: str, config: HWPQConfig) -> DryRun:
 
     Raises ConfigError for a pattern that matches nothing, ModelError where there is no such model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        described = AutoConfig.from_pretrained(source)
-    except Exception as error:  # transformers raises whatever its parts do
-        raise ModelError(f"{source}: {first_line(error)}") from error
-    if getattr(described, "quantization_config", None) is not None:
-        raise ModelError(f"{source} is quantized already")
-    with torch.device("meta"):
-        try:
-            model = AutoModelForCausalLM.from_config(described, dtype=described.dtype or _stored_dtype(source))
-        except ValueError as error:
-            kind = " or ".join(described.architectures or [type(described).__name__])
-            raise ModelError(f"{source}: a {kind} is no causal language model: use hwpq_fx.convert") from error
+    model = on_meta(source, lambda: _stored_dtype(source))
     layers = layers_of(model)
     check_patterns(layers, config)
     budget = CurvatureBudget(config.gathered_bytes)

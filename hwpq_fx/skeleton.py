@@ -1,8 +1,9 @@
 """A causal language model on the meta device, whose modules are given their weights for as long as they run."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -15,6 +16,26 @@ from .shards import Shards
 CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
+def on_meta(source: str | Path, stored_dtype: Callable[[], torch.dtype]) -> Any:
+    """The dense causal language model of a folder or a hub id, on the meta device. stored_dtype: asked for where
+    config.json has none. Raises ModelError where there is no such model."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except Exception as error:  # transformers raises whatever its parts do
+        raise ModelError(f"{source}: {first_line(error)}") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(f"{source} is quantized already")
+    dtype = config.dtype or stored_dtype()
+    with torch.device("meta"):
+        try:
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        except ValueError as error:
+            kind = " or ".join(config.architectures or [type(config).__name__])
+            raise ModelError(f"{source}: a {kind} is no causal language model: use hwpq_fx.convert") from error
+
+
 class Skeleton:
     """The model of a checkpoint without its weights.
 
@@ -23,24 +44,8 @@ class Skeleton:
     """
 
     def __init__(self, shards: Shards, device: torch.device):
-        from transformers import AutoConfig, AutoModelForCausalLM
-
         self.shards, self.device = shards, device
-        try:
-            config = AutoConfig.from_pretrained(shards.folder)
-        except Exception as error:  # transformers raises whatever its parts do
-            raise ModelError(f"{shards.folder}: {first_line(error)}") from error
-        if getattr(config, "quantization_config", None) is not None:
-            raise ModelError(f"{shards.folder} is quantized already")
-        with torch.device("meta"):
-            try:
-                model: Any = AutoModelForCausalLM.from_config(config, dtype=config.dtype or shards.dtype)
-            except ValueError as error:
-                kind = " or ".join(config.architectures or [type(config).__name__])
-                raise ModelError(
-                    f"{shards.folder}: a {kind} is no causal language model: use hwpq_fx.convert"
-                ) from error
-        self.model = model.eval().requires_grad_(False)
+        self.model = on_meta(shards.folder, lambda: shards.dtype).eval().requires_grad_(False)
         self._compute_buffers()
         self.name, self.blocks = blocks_of(self.model)
         self.stored = self._stored_names()
@@ -67,10 +72,10 @@ class Skeleton:
 
     def _stored_names(self) -> dict[str, str]:
         names: dict[int, list[str]] = {}
-        for name, tensor in self.model.state_dict(keep_vars=True).items():
+        model, tensors = self.model.state_dict(keep_vars=True), self.shards.tensors()
+        for name, tensor in model.items():
             names.setdefault(id(tensor), []).append(name)
         stored: dict[str, str] = {}
-        tensors, model = self.shards.tensors(), self.model.state_dict(keep_vars=True)
         for same in names.values():
             found = next((name for name in same if name in self.shards), None)
             if found is None:

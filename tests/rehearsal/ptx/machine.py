@@ -27,10 +27,14 @@ def launch(kernel: Kernel, grid, shared, values, ranges, cluster=None) -> None:
     touch; cluster: programs (x, y, z) of one. Raises Fault.
 
     Of a kernel with clusters races are not looked for: its warps meet at more than barriers of a whole program."""
-    held = [ctypes.create_string_buffer(value, len(value)) for value in values if isinstance(value, bytes)]
-    ranges = [*ranges, *((ctypes.addressof(one), ctypes.addressof(one) + len(one)) for one in held)]
-    addresses = iter(held)
-    values = [bulk.Held(ctypes.addressof(next(addresses))) if isinstance(value, bytes) else value for value in values]
+    held = {
+        place: ctypes.create_string_buffer(value, len(value))
+        for place, value in enumerate(values)
+        if isinstance(value, bytes)
+    }
+    at = {place: bulk.Held(ctypes.addressof(buffer)) for place, buffer in held.items()}
+    ranges = [*ranges, *((first, first + len(held[place])) for place, first in at.items())]
+    values = [at.get(place, value) for place, value in enumerate(values)]
     memory = GlobalMemory(ranges)
     programs = np.arange(int(np.prod(grid)))
     if cluster:
