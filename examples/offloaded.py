@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hwpq_fx.offload import compress_checkpoint
 
-folder = Path(tempfile.mkdtemp())
+holder = tempfile.TemporaryDirectory()
+folder = Path(holder.name)
 config = LlamaConfig(
     vocab_size=1000, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8
 )

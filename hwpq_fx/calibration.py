@@ -14,7 +14,7 @@ from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 from hwpq_fx.passes import observe, stages
 from hwpq_fx.passes.dynamo import Observation, mark_varying, unwrap
 
-from .errors import CalibrationError
+from .errors import CalibrationError, first_line
 from .layers import layers_of
 from .recording import Recording
 from .statistics import CalibrationRecorder
@@ -39,10 +39,17 @@ class Calibration:
         self._framed = [owner for owner in owners if owner is not module and "forward" not in vars(owner)]
         for owner in self._framed:
             owner.forward = MethodType(_forward, owner)
-        self._observation = Observation(model, self._backend, self._before_call)
+        try:
+            self._observation = Observation(model, self._backend, self._before_call)
+        except BaseException:
+            self._unframe()
+            raise
 
     def remove(self) -> None:
         self._observation.remove()
+        self._unframe()
+
+    def _unframe(self) -> None:
         for owner in self._framed:
             vars(owner).pop("forward", None)
 
@@ -103,9 +110,8 @@ class Calibration:
                 raise
             except Exception as error:
                 cause = _cause(error)
-                first = (str(cause).strip().splitlines() or [""])[0]
                 raise CalibrationError(
-                    f"the model refused calibration batch {number}: {type(cause).__name__}: {first}"
+                    f"the model refused calibration batch {number}: {type(cause).__name__}: {first_line(cause)}"
                 ) from error
 
 

@@ -239,7 +239,13 @@ def check_version(version: object) -> None:
         )
 
 
-def attach(model: Any, config: HWPQConfig) -> None:
-    """Let transformers' `save_pretrained` save the converted `model`, if transformers is there at all."""
-    if "transformers.modeling_utils" in sys.modules:
-        import_module("hwpq_fx.transformers_quantizer").attach(unwrap(model), config)
+def attach(model: Any, config: HWPQConfig | None = None) -> None:
+    """Let transformers' `save_pretrained` save the converted `model`, if transformers is there at all; without a
+    config, a model that nobody has attached before and that holds packed weights."""
+    if "transformers.modeling_utils" not in sys.modules:
+        return
+    quantizer = import_module("hwpq_fx.transformers_quantizer")
+    if config is None:
+        quantizer.attach_missing(unwrap(model))
+    else:
+        quantizer.attach(unwrap(model), config)

@@ -245,6 +245,13 @@ def stacked_lines(model: nn.Module) -> list[LayerReport]:
     ]
 
 
+def not_reached(statistics: Statistics) -> str:
+    """Why calibration tells nothing of a layer, or ""."""
+    if any(one.rows for many in statistics.values() for one in many):
+        return ""
+    return "not reached by any row (padding does not count)" if statistics else "not reached"
+
+
 def spans_of(name: str, weight: torch.Tensor, statistics: Statistics) -> list[Span]:
     """Cut the output rows of `weight` [N, K] where their inputs change (packed q/k/v of cross attention)."""
     cuts = sorted({0, weight.shape[0], *(use.start for use in statistics), *(use.stop for use in statistics)})
@@ -253,7 +260,7 @@ def spans_of(name: str, weight: torch.Tensor, statistics: Statistics) -> list[Sp
         seen = [one for use, many in statistics.items() if use.start <= start and stop <= use.stop for one in many]
         sum_sq = torch.stack([one.total.to(weight.device) for one in seen]).sum(0).float() if seen else None
         if sum_sq is not None and not bool(sum_sq.isfinite().all()):
-            call = max(int(one.bad_call) for one in seen)
+            call = min((call for one in seen if (call := int(one.bad_call)) >= 0), default=-1)
             where = f"call {call} of the model (batch {call}, counted from 0)" if call >= 0 else "calibration"
             raise CalibrationError(
                 f"{name}: its input held NaN or Inf, or values too large for float32, in {where}; leave that batch out "

@@ -1,6 +1,6 @@
 """`HWPQConfig`: what to convert and how."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
@@ -164,3 +164,18 @@ def _one_of(name: str, value: Any, known: Any) -> None:
 
 def _in_open_unit(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1
+
+
+def check_for_model(config: HWPQConfig | None) -> HWPQConfig:
+    """A copy of the config for the conversion of a whole model. Raises TypeError for what is none, ConfigError for a
+    value of a field, or fields that do not go together there."""
+    if config is None:
+        return HWPQConfig()
+    if not isinstance(config, HWPQConfig):
+        raise TypeError(f"config is {type(config).__name__}, not HWPQConfig")
+    config = replace(config)  # validates again: fields may have been assigned since
+    if config.step is not None:
+        raise ConfigError(f"step {config.step!r} is for torchao.quantize_; here prepare() and convert() say it")
+    if config.sparsity != "2:4" and (config.max_loss, config.min_speedup) != (None, None):
+        raise ConfigError(f'max_loss and min_speedup are for sparsity "2:4", not {config.sparsity!r}')
+    return config

@@ -1,7 +1,7 @@
 """`prepare` and `convert`: the one call, and the same in two steps."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -25,10 +25,11 @@ from .compress import (
     compress_fp8,
     dense_line,
     fast,
+    not_reached,
     shape_of,
     stacked_lines,
 )
-from .config import HWPQConfig
+from .config import HWPQConfig, check_for_model
 from .context import as_written
 from .distributed import reduce_statistics
 from .errors import CalibrationError, ConfigError, ModelError
@@ -118,6 +119,8 @@ def convert(
             _checked(module, prepared.config)
         if plan is not None and prepared.config.sparsity != "2:4":
             raise ConfigError(f'a plan is for sparsity "2:4", not {prepared.config.sparsity!r}')
+        if plan is not None:  # before calibration, which takes long
+            _check_plan(plan, {layer.name: tuple(layer.parameter.shape) for layer in layers_of(module)}, turned=True)
         if group is not None and prepared.config.sequential:
             raise ConfigError("sequential is for one process: the layers are converted where all batches are")
         if prepared.calibration is not None:
@@ -162,19 +165,11 @@ def _module_of(model: Any) -> nn.Module:
 
 def _checked(module: nn.Module, config: HWPQConfig | None) -> HWPQConfig:
     """The config to use, a copy, once it and the model are found to fit."""
-    if config is None:
-        config = HWPQConfig()
-    elif not isinstance(config, HWPQConfig):
-        raise TypeError(f"config is {type(config).__name__}, not HWPQConfig")
-    config = replace(config)  # validates again: fields may have been assigned since
+    config = check_for_model(config)
     check_convertible(module)
     layers = layers_of(module)
     if not layers:
         raise ModelError("the model has no 2-D floating point parameter: there is nothing to convert")
-    if config.step is not None:
-        raise ConfigError(f"step {config.step!r} is for torchao.quantize_; here prepare() and convert() say it")
-    if config.sparsity != "2:4" and (config.max_loss, config.min_speedup) != (None, None):
-        raise ConfigError(f'max_loss and min_speedup are for sparsity "2:4", not {config.sparsity!r}')
     for device in {layer.parameter.device for layer in layers}:
         check_packing_format(config, device)
     check_patterns(layers, config)
@@ -304,19 +299,25 @@ def _compress_all(
     return new_weights, report
 
 
-def _wanted(plan: Plan | None, candidates: list[tuple[Layer, Statistics]]) -> dict[str, tuple[str, str]]:
-    """Status and reason by layer, as the plan says; nothing without one. Raises ConfigError where it does not fit."""
-    if plan is None:
-        return {}
-    planned, shapes = plan.statuses(), {layer.name: shape_of(layer.parameter, list(uses)) for layer, uses in candidates}
-    for name, one in planned.items():
+def _check_plan(plan: Plan, shapes: Mapping[str, tuple[int, ...]], turned: bool = False) -> None:
+    """Raise ConfigError where a plan does not fit layers of these shapes, [N, K] or, where `turned`, [K, N] as well."""
+    for name, one in plan.statuses().items():
         check_status(one)
         if one.status == DENSE:
             continue
         if name not in shapes:
             raise ConfigError(f"the plan makes {name} {one.status}: the model has no such layer to convert")
-        if tuple(one.shape) != shapes[name]:
-            raise ConfigError(f"the plan has {name} as {one.shape}, the model as {shapes[name]}")
+        shape = shapes[name]
+        if tuple(one.shape) not in ((shape, shape[::-1]) if turned else (shape,)):
+            raise ConfigError(f"the plan has {name} as {one.shape}, the model as {shape}")
+
+
+def _wanted(plan: Plan | None, candidates: list[tuple[Layer, Statistics]]) -> dict[str, tuple[str, str]]:
+    """Status and reason by layer, as the plan says; nothing without one. Raises ConfigError where it does not fit."""
+    if plan is None:
+        return {}
+    planned, shapes = plan.statuses(), {layer.name: shape_of(layer.parameter, list(uses)) for layer, uses in candidates}
+    _check_plan(plan, shapes)
     missing = PlannedLayer("", (0, 0), {}, {}, DENSE, "not in the plan")
     found = {name: planned.get(name, missing) for name in shapes}
     return {name: (one.status, one.reason or "the plan") for name, one in found.items()}
@@ -332,8 +333,7 @@ def _plan(layer: Layer, prepared: _Prepared) -> tuple[Statistics, str]:
     else:
         recorder, key = prepared.calibration.recorder, id(layer.parameter)
         statistics = recorder.uses.get(key, {})
-        reached = any(one.rows for many in statistics.values() for one in many)
-        reason = recorder.blocked.get(key, "") or ("" if reached else "not reached")
+        reason = recorder.blocked.get(key, "") or not_reached(statistics)
     if not statistics and not static:
         return {}, "no product with it was seen" if is_target(layer, config) else ""
     return statistics, left_out(layer, config) or reason or cannot_compress(layer, list(statistics), config)

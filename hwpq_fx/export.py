@@ -40,7 +40,7 @@ def export(model: Any, directory: str | os.PathLike[str], format: str = "dense",
     if not packed:
         raise ModelError("the model holds no converted weight")
     config = copy.deepcopy(model.config)
-    del config.quantization_config
+    vars(config).pop("quantization_config", None)  # none after quantize_
     if format == "fp8":
         config.quantization_config = _compressed_tensors(model, packed)
     tensors = model.state_dict()

@@ -13,18 +13,22 @@ from typing import Any
 
 from hwpq_fx.passes.dynamo import unwrap
 
+from .checkpoint import attach
+
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux: fcntl.h and linux/fs.h
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
 
 def save_pretrained(model: Any, directory: str | os.PathLike[str], **options: Any) -> None:
     """`model.save_pretrained(directory, **options)`, but what was in `directory` stays whole until the new
-    checkpoint is complete, and is then replaced.
+    checkpoint is complete, and is then replaced. It also saves what transformers cannot: a model that `quantize_`
+    packed, a part of a converted model, and a model of which a part was converted.
 
     Other files there (a tokenizer, a README) are kept, as hard links where the file system has them. Raises what
     `save_pretrained` raises, and then nothing has changed.
     """
     module: Any = unwrap(model)
+    attach(module)
     with whole_folder(directory) as partial:
         module.save_pretrained(partial, **options)
 

@@ -14,6 +14,8 @@ from .config import DEFAULT_IGNORE, HWPQConfig
 from .errors import ModelError
 from .targets import check_all_match, matches
 
+OBSERVER = "_hwpq_observer"
+"""Where `quantize_` with step="prepare" keeps what it observes of a module."""
 STACKED = "3-D, a matrix per expert or head: only 2-D weights are converted"
 """Why what `stacked_of` finds stays dense."""
 ROUTER = "chooses among experts: little to gain, much to lose; name it in targets to convert it"
@@ -118,13 +120,16 @@ def stacked_of(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def check_convertible(model: nn.Module) -> None:
-    """Raise ModelError for a model in training mode, without weights yet, in TorchScript, or converted already."""
+    """Raise ModelError for a model in training mode, without weights yet, in TorchScript, prepared by
+    `quantize_`, or converted already."""
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("a TorchScript module cannot be traced by Dynamo: convert the nn.Module it was made from")
     for name, module in model.named_modules():
         if module.training:
             where = f"module {name!r}" if name else "the model"
             raise ModelError(f"{where} is in training mode: call model.eval() before converting")
+        if OBSERVER in vars(module):
+            raise ModelError(f'{name or "it"} was prepared by quantize_: finish with quantize_ and step="convert"')
     for name, parameter in model.named_parameters():
         if isinstance(parameter, TorchAOBaseTensor):
             raise ModelError(

@@ -22,8 +22,8 @@ from .evaluate import evaluate
 from .export import FORMATS
 from .export import export as export_model
 from .folder import whole_folder
-from .offload import compress_checkpoint
-from .plan import DEFAULT_GPU, Plan
+from .offload import check_for_blocks, compress_checkpoint
+from .plan import DEFAULT_GPU, Plan, picture_formats
 from .report import REPORT_FILE as REPORT
 from .report import report
 from .sizes import dry_run
@@ -87,7 +87,7 @@ def compress(model, calib, samples, length, config_file, device, out, plan_file,
         if dry:
             if plan_file:
                 raise click.UsageError("--dry-run does not read plans: leave one of --plan and --dry-run out")
-            found = dry_run(model, config)
+            found = dry_run(model, check_for_blocks(config) if offload else config)
             click.echo(json.dumps(found.to_dict()) if as_json else str(found))
             return
         if out is None:
@@ -127,6 +127,8 @@ def plan(model, calib, samples, length, config_file, device, gpu, out, plot, as_
     with told():
         if plot and find_spec("matplotlib") is None:
             raise click.UsageError("--plot needs matplotlib: pip install 'hwpq_fx[plot]'")
+        if plot and plot.suffix.lower().lstrip(".") not in picture_formats():
+            raise click.UsageError(f"--plot {plot}: matplotlib draws no such picture; .png and .svg, for example")
         for file in (out, plot):
             if file and not file.absolute().parent.is_dir():
                 raise click.UsageError(f"{file}: there is no folder {file.absolute().parent}")

@@ -10,7 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -20,8 +20,8 @@ from torch import nn
 
 from .calibration import tracked
 from .checkpoint import Stored, split, table_from_json, table_to_json
-from .compress import Statistics, cannot_compress, check_weight, compress, dense_line, stacked_lines
-from .config import PLAIN, HWPQConfig
+from .compress import Statistics, cannot_compress, check_weight, compress, dense_line, not_reached, stacked_lines
+from .config import PLAIN, HWPQConfig, check_for_model
 from .context import as_written
 from .errors import CalibrationError, ConfigError, ModelError
 from .layers import Layer, check_patterns, layers_of, left_out
@@ -52,35 +52,34 @@ def compress_checkpoint(
     without calibration.
     device: where blocks run and are compressed.
     resume: go on with what a killed run with the same model, batches and config left, to the same bits, and start
-    where there is nothing. One process at a time may work on one `out`.
+    where there is nothing. One process at a time works on one `out`.
 
     Layers outside of the blocks stay dense. `config.curvature_bytes` holds for each block by itself. In memory are the
     dense weights of one block, the statistics of its inputs and the activations of one batch, or one layer and what
     compressing it takes; on disk, beside `out`, the hidden states of all batches, twice.
 
-    Raises FileExistsError where `out` is there, or an unfinished run that is not to be resumed; CheckpointError where
-    the run to resume is another one; ConfigError, CalibrationError and ModelError as `convert` does. Whatever is
-    raised, finished blocks stay, to be resumed.
+    Raises FileExistsError where `out` is there, another process at work on it, or an unfinished run that is not to be
+    resumed; CheckpointError where the run to resume is another one or damaged; ConfigError, CalibrationError and
+    ModelError as `convert` does. Whatever is raised, finished blocks stay, to be resumed.
     """
     source, out, device = Path(source), Path(out).absolute(), torch.device(device)
-    config = _checked(config)
+    config = check_for_blocks(config)
     calls = None if batches is None else [_call(batch, number) for number, batch in enumerate(batches)]
     if calls == []:
         raise CalibrationError("calibration ran no batch: batches is empty")
     with as_written():
         conversion = _Conversion(Skeleton(Shards(source), device), config, calls)
         files = [source / "config.json", *conversion.shards.files]
-        run = Run(out, fingerprint(files, calls, config, device), resume)
-        if run.finished is None:
-            run.finish(conversion.run(run, progress).to_dict())
+        with closing(Run(out, fingerprint(files, calls, config, device), resume)) as run:
+            if run.finished is None:
+                run.finish(conversion.run(run, progress).to_dict())
     assert run.finished is not None
     return Report.from_dict(run.finished)
 
 
-def _checked(config: HWPQConfig | None) -> HWPQConfig:
-    config = replace(config or HWPQConfig())  # validates again: fields may have been assigned since
-    if config.step is not None:
-        raise ConfigError(f"step {config.step!r} is for torchao.quantize_")
+def check_for_blocks(config: HWPQConfig | None) -> HWPQConfig:
+    """A copy of the config, found fit for this. Raises ConfigError."""
+    config = check_for_model(config)
     if config.sequential:
         raise ConfigError("sequential is for hwpq_fx.convert: here every block is observed as the dense model runs it")
     if (config.max_loss, config.min_speedup) != (None, None):
@@ -110,6 +109,8 @@ class _Conversion:
         self.rest = self._grouped(set(skeleton.stored.values()).difference(*inside), self.shards.nbytes(inside[0]))
         self.table: dict[str, Stored] = {}
         self.report = Report()
+        if all(self._reason(layer) for block in skeleton.blocks for layer in self._layers_in(block)):
+            self._outside()  # raises
 
     def _stored(self, index: int) -> list[str]:
         """What block `index` is in the checkpoint."""
@@ -209,8 +210,7 @@ class _Conversion:
             reason = self._reason(layer)
             if seen is not None and not reason:
                 statistics = seen.pop(id(layer.parameter), {})
-                reached = any(one.rows for many in statistics.values() for one in many)
-                reason = "" if reached else "not reached"
+                reason = not_reached(statistics)
             if reason:
                 tensors[name] = weight.cpu()
                 lines.append(dense_line(layer, {}, reason))

@@ -164,6 +164,13 @@ class Plan:
         figure.savefig(file)
 
 
+def picture_formats() -> set[str]:
+    """Suffixes of files that `Plan.plot` can draw. Raises ImportError without matplotlib."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    return set(FigureCanvasBase.get_supported_filetypes())
+
+
 def check_status(layer: PlannedLayer) -> None:
     """Raise ConfigError where the layer is to become what it cannot."""
     if layer.status not in layer.errors or layer.status not in layer.microseconds:

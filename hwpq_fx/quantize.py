@@ -22,12 +22,11 @@ from .config import DEFAULT_IGNORE, SPARSE_2D, HWPQConfig
 from .context import as_written
 from .curvature import CurvatureBudget
 from .errors import CalibrationError, ConfigError, ModelError
-from .layers import Layer
+from .layers import OBSERVER, Layer
 from .statistics import InputStatistics
 from .torchao_tensor import to_torchao
 
 logger = logging.getLogger("hwpq_fx")
-OBSERVER = "_hwpq_observer"
 _observing: "WeakSet[ModuleObserver]" = WeakSet()
 
 

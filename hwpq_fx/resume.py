@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -75,8 +76,9 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], within: str = "
 class Run:
     """The folder of an unfinished run, `.NAME.unfinished` beside `out`, which becomes `out` in the end.
 
-    Its shards are what the checkpoint will hold; `work/` holds the rest. Raises FileExistsError where `out` or an
-    unfinished run is there and not to be resumed, CheckpointError where that run is another one.
+    Its shards are what the checkpoint will hold; `work/` holds the rest. No other process may work on `out` until
+    `close()`. Raises FileExistsError where one does, or where `out` or an unfinished run is there and not to be
+    resumed, CheckpointError where that run is another one, or damaged.
     """
 
     def __init__(self, out: Path, whose: dict[str, Any], resume: bool):
@@ -84,6 +86,25 @@ class Run:
         self.work = self.folder / "work"
         self.finished: dict[str, Any] | None = None
         """What `finish` was given, where there is nothing left to do."""
+        out.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(out.with_name(f".{out.name}.lock"))
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise FileExistsError(f"another process is at work on {out}: wait for it, or choose another") from error
+        try:
+            self._begin(resume)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let others work on `out`."""
+        Path(self._lock.lock_file).unlink(missing_ok=True)
+        self._lock.release()
+
+    def _begin(self, resume: bool) -> None:
+        out = self.out
         if out.exists():
             if not (resume and (out / FINISHED).is_file()):
                 raise FileExistsError(f"{out} is there already: choose another folder")
@@ -108,13 +129,18 @@ class Run:
             partial.write_text(json.dumps({"fingerprint": self.whose, "result": result}))
 
     def _same(self, note: Path) -> dict[str, Any] | None:
-        told = json.loads(note.read_text())
-        if changed := differences(told["fingerprint"], self.whose):
+        where = self.folder if note.is_relative_to(self.folder) else self.out
+        try:
+            told = json.loads(note.read_text())
+            then, result = told["fingerprint"], told["result"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{note} is damaged ({error}): delete {where} and begin again") from error
+        if changed := differences(then, self.whose):
             raise CheckpointError(
-                f"{note.parent} is of another run: different are {', '.join(changed[:8])}; resume with the same, or "
+                f"{where} is of another run: different are {', '.join(changed[:8])}; resume with the same, or "
                 "choose another folder"
             )
-        return told["result"]
+        return result
 
     def finish(self, result: dict[str, Any]) -> None:
         """Everything but `work/` is complete: make it `out`. `result`, JSON, stays with it."""

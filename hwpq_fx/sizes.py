@@ -14,7 +14,7 @@ from rich.text import Text
 from hwpq_fx.kernels.roofline import packed_bytes
 
 from .compress import cannot_compress, shape_of
-from .config import HWPQConfig
+from .config import HWPQConfig, check_for_model
 from .curvature import CurvatureBudget
 from .errors import ModelError
 from .layers import STACKED, check_patterns, layers_of, left_out, stacked_of
@@ -93,6 +93,7 @@ def dry_run(source: str, config: HWPQConfig) -> DryRun:
 
     Raises ConfigError for a pattern that matches nothing, ModelError where there is no such model.
     """
+    config = check_for_model(config)
     model = on_meta(source, lambda: _stored_dtype(source))
     layers = layers_of(model)
     check_patterns(layers, config)

@@ -32,14 +32,14 @@ class InputStatistics:
     def update(self, x: torch.Tensor, keep: torch.Tensor | None = None, call: int = 0) -> None:
         """Add the rows of `x` [..., K], any floating dtype; `keep` bool [rows] leaves out the others.
 
-        `bad_call` becomes `call` where these rows hold NaN or Inf, or values whose squares overflow.
+        `bad_call` is the first `call` whose rows hold NaN or Inf, or values whose squares overflow; else -1.
         """
         rows = kept_rows(x, keep)
         # one pass without a temporary, converting on the way
         norm = torch.linalg.vector_norm(rows, dim=0, dtype=torch.promote_types(rows.dtype, torch.float32))
         self.total += norm.double().square()
         # noted on the device: asking would wait for it
-        self.bad_call.copy_(torch.where(norm.isfinite().all(), self.bad_call, call))
+        self.bad_call.copy_(torch.where(norm.isfinite().all() | (self.bad_call >= 0), self.bad_call, call))
         self.rows += rows.shape[0]
         if self.curvature is not None:
             self.curvature.update(rows)

@@ -11,12 +11,13 @@ Imported when `transformers.quantizers.auto` is (`on_import`), which is when som
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torchao.utils import TorchAOBaseTensor
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -127,8 +128,20 @@ class HWPQQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """What `save_pretrained` writes; brings the config, which it writes next, up to date."""
         flat, self.quantization_config.layers = split(model.state_dict(), model.dtype)
+        model.config.quantization_config = self.quantization_config  # a part that was saved alone shares the config
         made = model.__dict__.get(ATTRIBUTE)
         return flat, {} if made is None else {REPORT: json.dumps(made.to_dict())}
+
+    def dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
+        """`model.dequantize()`: dense weights with the zeros in place, in their own dtype or `dtype`, and an ordinary
+        model again."""
+        for owner in model.modules():
+            for name, weight in owner.named_parameters(recurse=False):
+                if isinstance(weight, TorchAOBaseTensor):
+                    owner.register_parameter(name, nn.Parameter(weight.dequantize().to(dtype or weight.dtype)))
+        model.__dict__.pop(ATTRIBUTE, None)
+        self.remove_quantization_config(model)
+        return model
 
     def is_serializable(self) -> bool:
         return True
@@ -150,12 +163,31 @@ class HWPQQuantizer(HfQuantizer):
 def attach(model: nn.Module, config: HWPQConfig) -> None:
     """Tell transformers how to save the models found in `model`, which has just been converted: itself, or the ones
     that it wraps."""
+    for found in _models_in(model):
+        _attach(found, config)
+
+
+def attach_missing(model: nn.Module) -> None:
+    """The same for models whose weights were packed by `quantize_`, or as a part of another model, or whose parts
+    were."""
+    for found in _models_in(model):
+        packed = any(isinstance(weight, Float8Sparse24Tensor) for weight in found.parameters())
+        if packed and getattr(found, "hf_quantizer", None) is None:
+            known = getattr(found.config, "quantization_config", None)  # parts share it
+            _attach(found, known.config if isinstance(known, HWPQTransformersConfig) else HWPQConfig())
+
+
+def _models_in(model: nn.Module) -> Iterator[PreTrainedModel]:
     from transformers import PreTrainedModel
 
-    if not isinstance(model, PreTrainedModel):
-        for child in model.children():
-            attach(child, config)
+    if isinstance(model, PreTrainedModel):
+        yield model
         return
+    for child in model.children():
+        yield from _models_in(child)
+
+
+def _attach(model: PreTrainedModel, config: HWPQConfig) -> None:
     saved = HWPQTransformersConfig(config)
     model.config.quantization_config = saved
     # what from_pretrained sets

@@ -136,9 +136,13 @@ def _rows(weight: fx.Node, seen: torch.Tensor) -> tuple[bool, int, int] | None:
 def _other_use(weight: fx.Node, same_memory: list[fx.Node], served: set[tuple[fx.Node, fx.Node]]) -> str | None:
     """Why an observer cannot speak for this parameter: the first use that is not a product it serves."""
     if not value_of(weight).is_contiguous():
-        return "not contiguous in memory"
-    if any(_is_weight(node) for node in same_memory if node.op == "placeholder" and node is not weight):
+        return "not contiguous in memory: give it memory of its own, weight.data = weight.data.contiguous()"
+    others = [node for node in same_memory if node.op == "placeholder" and node is not weight]
+    apart = [other for other in others if not _overlap(value_of(weight), value_of(other))]
+    if any(_is_weight(other) for other in others if other not in apart):
         return "shares its memory with another parameter"
+    if apart:
+        return "in one buffer with another parameter: give it memory of its own, weight.data = weight.data.clone()"
     for node in same_memory:
         for user in node.users:
             if user.target == OBSERVER or (node, user) in served or _is_view(weight, user):
@@ -147,6 +151,14 @@ def _other_use(weight: fx.Node, same_memory: list[fx.Node], served: set[tuple[fx
                 return f"also used by {op_name(user)} on its left (W @ x)"
             return f"also used by {op_name(user)}, which is not a product with a 2-D weight"
     return None
+
+
+def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two contiguous views of one storage have numbers in common."""
+    if one.dtype != other.dtype or not other.is_contiguous():
+        return True  # not looked into
+    starts = one.storage_offset(), other.storage_offset()
+    return starts[0] < starts[1] + other.numel() and starts[1] < starts[0] + one.numel()
 
 
 def _is_view(weight: fx.Node, user: fx.Node) -> bool:

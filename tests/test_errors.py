@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torchao.quantization import quantize_
 
 import hwpq_fx
 from hwpq_fx import CalibrationError, ConfigError, HWPQConfig, HWPQError, ModelError, convert, prepare, report
 from hwpq_fx.conversion import PREPARED
 from hwpq_fx.passes.dynamo import unwrap
-from models import call, encoder, gpt2, mlp, tokens, vectors
+from models import call, encoder, gpt2, llama, mlp, tokens, vectors
 
 
 def plain(build=mlp):
@@ -486,3 +487,30 @@ def test_a_report_needs_a_conversion():
         report(mlp())
     with pytest.raises(ValueError, match=r"not converted by hwpq_fx.convert"):
         report(torch.compile(prepare(mlp()), backend="eager"))
+
+
+def test_a_model_that_quantize_prepared():
+    model = mlp()
+    quantize_(model, HWPQConfig(step="prepare"))
+    with pytest.raises(ModelError, match=r"0 was prepared by quantize_: finish with quantize_"):
+        convert(model, [X])
+
+
+def test_observers_that_fail_to_go_on_leave_none(monkeypatch):
+    model = mlp()
+    state = State(model)
+
+    def failing(*args):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr("hwpq_fx.calibration.Observation", failing)
+    with pytest.raises(RuntimeError, match="no"):
+        convert(model, [X])
+    state.check()
+
+
+def test_padding_alone():
+    model = llama()
+    batch = {"input_ids": torch.randint(9, (2, 5)), "attention_mask": torch.zeros(2, 5, dtype=torch.long)}
+    with pytest.raises(ModelError, match=r"nothing is left .*not reached by any row \(padding does not count\)"):
+        convert(model, [batch])

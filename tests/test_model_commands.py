@@ -195,6 +195,20 @@ def test_numbers_that_cannot_be(folder, extra):
     assert extra[0] in told and "Traceback" not in told
 
 
+@pytest.mark.parametrize(("extra", "message"), [((), "quantize_"), (("--offload",), "sequential is for")])
+def test_a_dry_run_refuses_what_the_run_would(folder, tmp_path, extra, message):
+    field = {"sequential": True} if extra else {"step": "prepare"}
+    (tmp_path / "config.json").write_text(json.dumps(field))
+    told = run("compress", folder / "dense", "--dry-run", "--config", tmp_path / "config.json", *extra, code=1)
+    assert message in told and "Traceback" not in told
+
+
+@pytest.mark.parametrize("name", ["plot.nonsense", "plot"])
+def test_pictures_that_nobody_draws_are_refused_first(folder, tmp_path, monkeypatch, name):
+    monkeypatch.setattr("hwpq_fx.model_commands.load", None)
+    assert "matplotlib draws no such picture" in run("plan", folder / "dense", "--plot", tmp_path / name, code=2)
+
+
 def test_dry_run_says_what_it_cannot_know(folder, tmp_path):
     (tmp_path / "config.json").write_text('{"max_loss": 0.01}')
     assert "see hwpq-fx plan" in run("compress", folder / "dense", "--dry-run", "--config", tmp_path / "config.json")

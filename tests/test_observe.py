@@ -238,7 +238,10 @@ def test_the_reason_names_the_use():
 def test_a_parameter_that_is_not_contiguous():
     model = Weighted(F.linear, torch.randn(K, N).t())
     watch = watched(model, torch.randn(5, K))
-    assert watch.blocked == {"w": "not contiguous in memory"} and watch.uses.keys() == {"control"}
+    assert watch.blocked["w"].startswith("not contiguous in memory") and watch.uses.keys() == {"control"}
+    # the remedy that it names
+    model.w.data = model.w.data.contiguous()
+    assert not watched(model, torch.randn(5, K)).blocked
 
 
 @pytest.mark.parametrize("gap", [0, 1])
@@ -248,10 +251,31 @@ def test_parameters_that_share_memory(gap):
     model.other = nn.Parameter(flat[N * K + gap :].view(N, K))
     assert model.w.untyped_storage().data_ptr() == model.other.untyped_storage().data_ptr()
     watch = watched(model, torch.randn(5, K))
-    assert watch.blocked == dict.fromkeys(["w", "other"], "shares its memory with another parameter")
+    assert watch.blocked.keys() == {"w", "other"}
+    assert all(reason.startswith("in one buffer with another parameter") for reason in watch.blocked.values())
     # and no rows are told that a parameter does not have
     uses = watch.uses
     assert uses.pop("control") == [Use(False, 0, 3)] and list(uses.values()) == [[ALL]]
+    # the remedy that it names
+    for weight in (model.w, model.other):
+        weight.data = weight.data.clone()
+    assert not watched(model, torch.randn(5, K)).blocked
+
+
+def test_a_bias_in_the_same_buffer():
+    flat = torch.randn(N * K + N)
+    model = Weighted(lambda x, w: F.linear(x, w, model.b), flat[: N * K].view(N, K))
+    model.b = nn.Parameter(flat[N * K :])
+    reason = watched(model, torch.randn(5, K)).blocked["w"]
+    assert reason.startswith("in one buffer with another parameter")
+
+
+def test_parameters_that_overlap():
+    flat = torch.randn((N + 1) * K)
+    model = Weighted(lambda x, w: F.linear(x, w) + F.linear(x, model.other), flat[: N * K].view(N, K))
+    model.other = nn.Parameter(flat[K:].view(N, K))
+    watch = watched(model, torch.randn(5, K))
+    assert watch.blocked == dict.fromkeys(["w", "other"], "shares its memory with another parameter")
 
 
 def test_buffers_are_not_parameters():

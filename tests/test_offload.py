@@ -235,6 +235,34 @@ def test_only_the_same_run_is_resumed(dense, unfinished, tmp_path):
     compress_checkpoint(dense, out, batches, resume=True)
 
 
+def test_one_process_at_a_time(dense, unfinished):
+    out, batches = unfinished
+    other = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('locked', flush=True); "
+    args = [sys.executable, "-c", other + "sys.stdin.read()", out.with_name(f".{out.name}.lock")]
+    with subprocess.Popen(args, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "locked\n"
+        with pytest.raises(FileExistsError, match="another process is at work on"):
+            compress_checkpoint(dense, out, batches, resume=True)
+        process.stdin.close()
+    compress_checkpoint(dense, out, batches, resume=True)
+    assert {path.name for path in out.parent.iterdir()} == {out.name}
+
+
+def test_a_damaged_note_is_named(dense, unfinished):
+    out, batches = unfinished
+    folder = out.with_name(f".{out.name}.unfinished")
+    (folder / "work" / "hwpq_fx_run.json").write_text('{"fingerprint": {')
+    with pytest.raises(CheckpointError, match=rf"is damaged .* delete {folder} and begin again"):
+        compress_checkpoint(dense, out, batches, resume=True)
+
+
+def test_nothing_to_convert_is_found_before_anything_runs(dense, tmp_path, monkeypatch):
+    monkeypatch.setattr("hwpq_fx.offload.Run", None)
+    with pytest.raises(ModelError, match=r"nothing is left to convert .*ignored"):
+        compress_checkpoint(dense, tmp_path / "out", [tokens()], HWPQConfig(ignore=["re:.*"]))
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_it_refuses(dense, tmp_path):
     with pytest.raises(CalibrationError, match="empty"):
         compress_checkpoint(dense, tmp_path / "out", [])

@@ -230,9 +230,10 @@ WRONG = {
 def test_plan_that_does_not_fit(model, case):
     changed, message = WRONG[case]
     made = changed(hwpq_fx.plan(model, BATCHES))
+    ran = []
     with pytest.raises(ConfigError, match=message):
-        convert(model, BATCHES, HWPQConfig(compensation="energy"), plan=made)
-    assert set(kinds(model).values()) == {"Parameter"}
+        convert(model, ran.append, HWPQConfig(compensation="energy"), plan=made)
+    assert set(kinds(model).values()) == {"Parameter"} and not ran, "found out before calibration"
 
 
 def test_nothing_left(model):

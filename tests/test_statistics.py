@@ -81,11 +81,11 @@ def test_many_small_batches_lose_nothing():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_bad_call_is_the_last_that_was_not_finite(bad):
+def test_bad_call_is_the_first_that_was_not_finite(bad):
     statistics = InputStatistics(2, CPU)
     for call, value in enumerate([1.0, bad, 1.0, bad, 1.0]):
         statistics.update(torch.tensor([[1.0, value]]), call=call)
-    assert int(statistics.bad_call) == 3
+    assert int(statistics.bad_call) == 1
     assert statistics.total[0] == 5 and not statistics.total[1].isfinite()
 
 
@@ -373,7 +373,7 @@ def test_inputs_that_depend_on_data():
     assert_same(observed(model, batches), expected)
     assert expected["experts.2"][1] == 0
     lines = {line.name: line for line in report(convert(model, batches)).layers}
-    assert lines["experts.2"].reason == "not reached", "no row came by"
+    assert lines["experts.2"].reason.startswith("not reached by any row")
     assert lines["experts.0"].rows == expected["experts.0"][1] > 0
 
 
