@@ -3,6 +3,7 @@
 # transformers looks for a package called `kernels`, and finds this folder where the repository is the working
 # directory. Nothing may run then: ops registered a second time leave the first registration dangling.
 if __name__ == "hwpq_fx.kernels":
+    from . import packed_products, packed_views  # noqa: F401 (ops of the packed weight)
     from .linear24 import linear24
     from .pack24 import FORMAT_K, pack24, unpack24
     from .packed import Float8Sparse24Tensor

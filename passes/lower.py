@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from hwpq_fx.kernels import Float8Sparse24Tensor, quantize_rows
-from hwpq_fx.kernels.packed import fits_hp
+from hwpq_fx.kernels.packed_products import fits_hp
 from hwpq_fx.kernels.paths import EITHER, HP, Path, chosen, target_of
 
 from .products import Product, products

@@ -105,7 +105,8 @@ def test_unstructured_zeros(tmp_path):
 def test_layers_with_and_without_activations_are_two_groups(tmp_path):
     model = convert(llama())
     weight = model.model.layers[0].mlp.up_proj.weight
-    model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(weight._with(activation="none"), requires_grad=False)
+    other = torch.nn.Parameter(weight.replaced(activation="none"), requires_grad=False)
+    model.model.layers[0].mlp.up_proj.weight = other
     export(model, tmp_path, "fp8")
     groups = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["config_groups"]
     assert len(groups["group_0"]["targets"]) == 13 and groups["group_0"]["input_activations"]

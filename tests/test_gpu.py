@@ -63,7 +63,7 @@ def with_layout(packed, path):
     if path.make_layout is None:
         return packed
     layout = path.make_layout(packed.qdata, packed.sparse_metadata)
-    return packed._with(prepacked=layout, prepacked_for=path.name)
+    return packed.replaced(prepacked=layout, prepacked_for=path.name)
 
 
 def serving(name, dtype, n, k):

@@ -190,7 +190,7 @@ def test_dtype_and_device(activation):
     ):
         assert cast.dtype is dtype
         assert cast.scale.equal(weight.scale)
-        same(cast, weight._with(dtype=dtype).expand())
+        same(cast, weight.replaced(dtype=dtype).expand())
     assert weight.to("cpu") is weight
     assert weight.to(torch.float32) is weight
     assert make(expanded=False).half().prepacked is None
@@ -326,8 +326,8 @@ def test_cache_key(monkeypatch):
     weight = make()
     others = [
         make(activation="none"), make(rows=8), make(cols=64), make(expanded=False), make(dtype=torch.bfloat16),
-        weight.t(), weight._with(prepacked=weight.prepacked.double()), nn.Parameter(weight), weight.to("meta"),
-        weight._with(sparse_metadata=weight.sparse_metadata.t().contiguous().t()),
+        weight.t(), weight.replaced(prepacked=weight.prepacked.double()), nn.Parameter(weight), weight.to("meta"),
+        weight.replaced(sparse_metadata=weight.sparse_metadata.t().contiguous().t()),
     ]  # fmt: skip
     keys = [one._stable_hash_for_caching() for one in (weight, *others)]
     assert len(set(keys)) == len(keys)

@@ -252,7 +252,9 @@ def test_attention(kind, batch_first, mode):
 @pytest.mark.parametrize(("kind", "products"), zip(KINDS, (2, 3, 4), strict=True))
 def test_attention_projects_equal_inputs_at_once(kind, products, monkeypatch):
     calls = []
-    monkeypatch.setattr("hwpq_fx.kernels.packed.linear24", lambda *given: calls.append(given) or linear24(*given))
+    monkeypatch.setattr(
+        "hwpq_fx.kernels.packed_products.linear24", lambda *given: calls.append(given) or linear24(*given)
+    )
     attention(True)[0](*inputs(kind, True))
     assert len(calls) == products
 

@@ -93,7 +93,7 @@ def test_kernels_get_parts_without_gaps(monkeypatch):
     weight = make(expanded=False)
     for part in (weight[:, 8:24], weight[::2]):
         given = []
-        monkeypatch.setattr("hwpq_fx.kernels.packed.linear24", lambda *args, given=given: given.append(args))
+        monkeypatch.setattr("hwpq_fx.kernels.packed_products.linear24", lambda *args, given=given: given.append(args))
         F.linear(torch.randn(3, part.shape[1]), part)
         assert not part.qdata.is_contiguous()
         assert all(one.is_contiguous() for one in given[0][2:5])

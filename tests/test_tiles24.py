@@ -20,7 +20,7 @@ from hwpq_fx.kernels.tiles24 import Config, candidates, config, deal, launch, pr
 
 triton = pytest.importorskip("triton")
 tl = triton.language
-expand = importlib.import_module("hwpq_fx.kernels.tiles24_triton").expand
+expand = importlib.import_module("hwpq_fx.kernels.expand24").expand
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
