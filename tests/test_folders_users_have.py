@@ -7,10 +7,10 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_model_commands import CALIB, folder, run  # noqa: F401 (a fixture)
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
 import hwpq_fx
+from commands import CALIB, dense_folder, run
 from hwpq_fx import CheckpointError, ModelError, convert
 from hwpq_fx.folder import whole_folder
 from hwpq_fx.offload import compress_checkpoint
@@ -21,8 +21,13 @@ from models import llama
 SINGLE = "model.safetensors"
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return dense_folder(tmp_path_factory.mktemp("model"))
+
+
 @pytest.fixture
-def dense(folder, tmp_path):  # noqa: F811
+def dense(folder, tmp_path):
     """A copy of the dense model's folder, to be spoilt."""
     return shutil.copytree(folder / "dense", tmp_path / "dense")
 
@@ -169,7 +174,7 @@ def test_a_config_that_is_no_object(dense, tmp_path):
 
 
 @pytest.mark.parametrize(("value", "found"), [(float("nan"), None), (1e9, None)])
-def test_numbers_that_json_does_not_have(value, found, folder, dense):  # noqa: F811
+def test_numbers_that_json_does_not_have(value, found, folder, dense):
     tensors = load_file(dense / SINGLE)
     tensors["lm_head.weight"][3] = value
     save_file(tensors, dense / SINGLE, {"format": "pt"})
