@@ -1,6 +1,7 @@
 """Running a model over calibration batches while its inputs are observed."""
 
 import inspect
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from types import MethodType
@@ -14,7 +15,7 @@ from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 from hwpq_fx.passes import observe, stages
 from hwpq_fx.passes.dynamo import Observation, mark_varying, unwrap
 
-from .errors import CalibrationError, first_line
+from .errors import CalibrationError, ModelError, first_line
 from .layers import layers_of
 from .recording import Recording
 from .statistics import CalibrationRecorder
@@ -26,10 +27,12 @@ class Calibration:
     """While it stands, every call of the model is observed. `remove()` ends it and restores the model.
 
     sequential: record the graphs that run, and gather no curvature meanwhile; the names of the layers that may be
-    converted, by the ids of their parameters.
+    converted, by the ids of their parameters. Raises ModelError where Dynamo is off.
     """
 
     def __init__(self, model: Any, curvature_bytes: int | None = 0, sequential: Mapping[int, str] | None = None):
+        if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+            raise ModelError("TORCHDYNAMO_DISABLE is set, so that nothing can be traced: unset it to calibrate")
         self.model = model
         self.recorder = CalibrationRecorder(curvature_bytes if sequential is None else 0)
         self.recording = None if sequential is None else Recording(self.recorder, curvature_bytes, sequential)

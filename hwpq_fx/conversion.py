@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -42,6 +43,7 @@ from .plan import (
     SPARSE,
     Plan,
     PlannedLayer,
+    check_gpu,
     check_status,
     decide,
     mark_outliers,
@@ -51,6 +53,8 @@ from .report import LayerReport, Report, attach_report
 
 M = TypeVar("M")  # nn.Module, or the wrapper that torch.compile returns: for type checkers just a callable
 PREPARED = "_hwpq_prepared"
+# prepared models whose conversion failed after their observers were gone
+_spent: "WeakSet[nn.Module]" = WeakSet()
 
 
 @dataclass
@@ -77,6 +81,7 @@ def prepare(model: M, config: HWPQConfig | None = None) -> M:
     if PREPARED in module.__dict__:
         raise ModelError("the model is prepared already: run batches through it, then call convert(model)")
     module.__dict__[PREPARED] = _Prepared(config, _calibration(model, config))
+    _spent.discard(module)
     return model
 
 
@@ -103,33 +108,44 @@ def convert(
     progress: show bars.
 
     Raises ConfigError, CalibrationError, ModelError or TypeError; whatever is raised, Ctrl-C included, the model is
-    then as it was before, without observers. `hwpq_fx.report(model)` tells what was done to each layer.
+    then as it was before, without observers (a prepared one stays prepared where the arguments were wrong).
+    `hwpq_fx.report(model)` tells what was done to each layer.
     """
     module = _module_of(model)
     if plan is not None and not isinstance(plan, Plan):
         raise TypeError(f"plan is {type(plan).__name__}, not what hwpq_fx.plan gives or Plan.load reads")
-    prepared = module.__dict__.pop(PREPARED, None)
+    prepared = module.__dict__.get(PREPARED)
+    if prepared is not None and config is not None:
+        raise ModelError("a prepared model has its config already: give it to prepare(), not to convert()")
+    config = _checked(module, config if prepared is None else prepared.config)
+    if plan is not None and config.sparsity != "2:4":
+        raise ConfigError(f'a plan is for sparsity "2:4", not {config.sparsity!r}')
+    if plan is not None:  # before calibration, which takes long
+        _check_plan(plan, {layer.name: tuple(layer.parameter.shape) for layer in layers_of(module)}, turned=True)
+    if group is not None and config.sequential:
+        raise ConfigError("sequential is for one process: the layers are converted where all batches are")
+    if prepared is None:
+        if calib is None and module in _spent:
+            _spent.discard(module)
+            raise ModelError(
+                "what had been observed went with the conversion that failed: prepare the model again, or give calib; "
+                "once more without either converts without calibration"
+            )
+        prepared = _Prepared(config, None if calib is None else _calibration(model, config))
+    elif calib is None and prepared.calibration.recorder.calls == 0:
+        raise CalibrationError("no batch has been run through the prepared model")
+    else:
+        # from here on it is prepared no more, whatever happens
+        del module.__dict__[PREPARED]
+        _spent.add(module)
     try:
-        if prepared is None:
-            config = _checked(module, config)
-            prepared = _Prepared(config, None if calib is None else _calibration(model, config))
-        elif config is not None:
-            raise ModelError("a prepared model has its config already: give it to prepare(), not to convert()")
-        else:
-            _checked(module, prepared.config)
-        if plan is not None and prepared.config.sparsity != "2:4":
-            raise ConfigError(f'a plan is for sparsity "2:4", not {prepared.config.sparsity!r}')
-        if plan is not None:  # before calibration, which takes long
-            _check_plan(plan, {layer.name: tuple(layer.parameter.shape) for layer in layers_of(module)}, turned=True)
-        if group is not None and prepared.config.sequential:
-            raise ConfigError("sequential is for one process: the layers are converted where all batches are")
         if prepared.calibration is not None:
             _calibrate(prepared.calibration, prepared, calib, progress)
             if group is not None:
                 with prepared.timed("reduce"):
                     reduce_statistics(module, prepared.calibration.recorder, group)
     finally:
-        if prepared is not None and prepared.calibration is not None:
+        if prepared.calibration is not None:
             prepared.calibration.remove()
     with as_written():
         made, report = _compress_all(module, prepared, progress, plan)
@@ -147,6 +163,7 @@ def convert(
             for layer, _ in made:
                 put(layer, layer.parameter)
             raise
+    _spent.discard(module)
     return model
 
 
@@ -180,8 +197,6 @@ def _calibrate(calibration: Calibration, prepared: _Prepared, calib: Any, progre
     if calib is not None:
         with prepared.timed("observe"):
             calibration.run(calib, progress)
-    elif calibration.recorder.calls == 0:
-        raise CalibrationError("no batch has been run through the prepared model")
 
 
 def plan(
@@ -192,8 +207,8 @@ def plan(
     gpu: str = DEFAULT_GPU,
     progress: bool = False,
 ) -> Plan:
-    """What `convert` with these arguments would make of every layer, without converting: to look at, to change by
-    hand, and to give to `convert(..., plan=plan)`.
+    """What is to become of every layer that can be converted, without converting: to look at, to change by hand, and
+    to give to `convert(..., plan=plan)`. Of the layers that stay dense whatever happens it says nothing.
 
     By `config.max_loss` and `config.min_speedup` each layer becomes 2:4, dense FP8 or stays as it is, least error for
     time saved first. Times are for `config.typical_rows` rows: by the roofline model of `gpu` (see
@@ -203,7 +218,11 @@ def plan(
     module = _module_of(model)
     if PREPARED in module.__dict__:
         raise ModelError("the model is prepared for convert(): plan() runs its own batches, on a model that is not")
-    prepared = _Prepared(replace(_checked(module, config), sequential=False), None)
+    config = _checked(module, config)
+    if config.sparsity != "2:4":
+        raise ConfigError(f'a plan is for sparsity "2:4", not {config.sparsity!r}')
+    check_gpu(gpu)
+    prepared = _Prepared(replace(config, sequential=False), None)
     if calib is not None:
         prepared.calibration = _calibration(model, prepared.config)
     try:
@@ -247,8 +266,12 @@ def _planned(
             errors = {DENSE: 0.0, SPARSE: made.line.error}
             if not cannot_be_fp8(layer, list(statistics), config):
                 errors[FP8] = compress_fp8(layer.name, layer.parameter, statistics, config).line.error
-            times, timing = times_of(made.line.shape, config.typical_rows, gpu, layer.parameter.device, errors)
-            layers.append(PlannedLayer(layer.name, made.line.shape, errors, times))
+            layers.append(PlannedLayer(layer.name, made.line.shape, errors, {}))
+    products = [(layer.shape, layer.errors) for layer in layers]
+    device = candidates[0][0].parameter.device
+    times, timing = times_of(products, config.typical_rows, gpu, device, config.activation)
+    for planned, microseconds in zip(layers, times, strict=True):
+        planned.microseconds = microseconds
     mark_outliers(layers)
     frontier = decide(layers, config.max_loss, config.min_speedup)
     return Plan(layers, config.typical_rows, timing, frontier), sparse

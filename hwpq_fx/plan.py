@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from io import StringIO
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +20,7 @@ from rich.text import Text
 from hwpq_fx.kernels.ewma import ewma
 from hwpq_fx.kernels.gpus import GPUS
 from hwpq_fx.kernels.paths import PATHS, target_of
-from hwpq_fx.kernels.roofline import DENSE_FP8, OURS, floor
+from hwpq_fx.kernels.roofline import DENSE_FP8, OURS, OURS_16BIT, floor
 from hwpq_fx.kernels.table import DENSE_NAMES, table_of
 
 from .errors import ConfigError
@@ -77,12 +79,12 @@ class Plan:
 
     @property
     def speedup(self) -> float:
-        """Time of the products when dense over their time as planned."""
+        """Time of these layers' products when dense over their time as planned."""
         return speedup(self.layers)
 
     @property
     def sparse_share(self) -> float:
-        """Share of the multiplications that are 2:4."""
+        """Share of these layers' multiplications that are 2:4."""
         return sparse_share(self.layers)
 
     def statuses(self) -> dict[str, PlannedLayer]:
@@ -136,8 +138,9 @@ class Plan:
     def summary(self) -> str:
         counts = ", ".join(f"{sum(one.status == status for one in self.layers)} {status}" for status in STATUSES)
         return (
-            f"{counts}; {self.sparse_share:.0%} of the multiplications are 2:4; products {self.speedup:.2f}x "
-            f"as fast as dense, by {self.timing}; summed relative error {self.error:.3f}"
+            f"of the {len(self.layers)} layers weighed here {counts}; {self.sparse_share:.0%} of their multiplications "
+            f"are 2:4; their products {self.speedup:.2f}x as fast as dense, by {self.timing}; summed relative error "
+            f"{self.error:.3f}"
         )
 
     def __str__(self) -> str:
@@ -190,36 +193,66 @@ def sparse_share(layers: Iterable[PlannedLayer]) -> float:
 
 
 def times_of(
-    shape: tuple[int, ...], rows: int, gpu: str, device: torch.device, statuses: Iterable[str]
-) -> tuple[dict[str, float], str]:
-    """Microseconds of a product with W [N, K] by status, and where they come from: the table that `hwpq-fx tune` made
-    on this device where there is one that holds them, else the roofline of `gpu`. Raises ConfigError for a GPU that is
-    not known."""
+    products: Sequence[tuple[tuple[int, ...], Iterable[str]]],
+    rows: int,
+    gpu: str,
+    device: torch.device,
+    activation: str,
+) -> tuple[list[dict[str, float]], str]:
+    """Microseconds by status of products with W [N, K], given as shapes and the statuses to be had, and where they come
+    from: the table that `hwpq-fx tune` made on this device where that holds all of them, else the roofline of `gpu`,
+    as the two are not to be weighed against each other. activation: "dynamic" or "none", as in `HWPQConfig`: weights
+    that are multiplied by 16-bit inputs have fewer paths. Raises ConfigError for a GPU that is not known."""
+    check_gpu(gpu)
+    dynamic, target = activation == "dynamic", target_of(device)
+    paths = {
+        DENSE: DENSE_NAMES[:1],
+        FP8: DENSE_NAMES[1:2] if dynamic else DENSE_NAMES[2:],
+        SPARSE: tuple(name for name, path in PATHS.items() if dynamic or not path.fp8),
+    }
+    ops = {
+        DENSE: ("bf16",),
+        FP8: DENSE_FP8[:1] if dynamic else DENSE_FP8[1:],
+        SPARSE: OURS if dynamic else OURS_16BIT,
+    }
+
+    def measured(shape: tuple[int, ...], status: str) -> float:
+        assert target is not None
+        n, k = shape
+        times = table_of(target.name).times(rows, n, k)
+        return min((times[name] for name in paths[status] if name in times), default=math.nan)
+
+    def modelled(shape: tuple[int, ...], status: str) -> float:
+        n, k = shape
+        return 1e6 * min(floor(op, rows, n, k, GPUS[gpu]).seconds for op in ops[status])
+
+    if target:
+        found = [{status: measured(shape, status) for status in statuses} for shape, statuses in products]
+        if not any(math.isnan(time) for times in found for time in times.values()):
+            return found, f"measurement on {target.name}"
+    found = [{status: modelled(shape, status) for status in statuses} for shape, statuses in products]
+    return found, f"the roofline model of {GPUS[gpu].name}"
+
+
+def check_gpu(gpu: str) -> None:
+    """Raise ConfigError for a GPU that is not known."""
     if gpu not in GPUS:
         raise ConfigError(f"gpu {gpu!r} is not known; choose one of {', '.join(GPUS)}")
-    target = target_of(device)
-    paths = {DENSE: DENSE_NAMES[:1], FP8: DENSE_NAMES[1:], SPARSE: tuple(PATHS)}
-    measured = table_of(target.name).times(rows, *shape) if target else {}
-    if target and all(any(name in measured for name in paths[status]) for status in statuses):
-        best = {status: min(measured[name] for name in paths[status] if name in measured) for status in statuses}
-        return best, f"measurement on {target.name}"
-    ops = {DENSE: ("bf16",), FP8: DENSE_FP8, SPARSE: OURS}
-    n, k = shape
-    best = {status: 1e6 * min(floor(op, rows, n, k, GPUS[gpu]).seconds for op in ops[status]) for status in statuses}
-    return best, f"the roofline model of {GPUS[gpu].name}"
 
 
 def mark_outliers(layers: Sequence[PlannedLayer]) -> None:
     """Note as outlier each layer whose 2:4 error is above the moving mean of its like (the same last part of the name,
-    in the blocks before it) by more than four moving deviations."""
+    in the blocks before it) by more than four moving deviations. The mean starts at the median of its like: the first
+    block may be the one that is out of the ordinary."""
     kinds: dict[str, list[PlannedLayer]] = {}
     for layer in layers:
         if SPARSE in layer.errors:
             kinds.setdefault(layer.name.rpartition(".")[2], []).append(layer)
     for alike in kinds.values():
-        errors = torch.tensor([[layer.errors[SPARSE] for layer in alike]], dtype=torch.float32, device="cpu")
+        found = [layer.errors[SPARSE] for layer in alike]
+        errors = torch.tensor([[median(found), *found]], dtype=torch.float32, device="cpu")
         mean, dev = ewma(errors)
-        unusual = (errors > mean + OUTLIER_DEVIATIONS * dev)[0]
+        unusual = (errors > mean + OUTLIER_DEVIATIONS * dev)[0, 1:]
         for layer, is_outlier in zip(alike, unusual.tolist(), strict=True):
             if is_outlier:
                 layer.reason = "outlier"
@@ -237,10 +270,9 @@ def decide(layers: Sequence[PlannedLayer], max_loss: float | None, min_speedup: 
     free = [layer for layer in layers if layer.reason == ""]
     moves = [move for layer in free for move in _moves(layer)]
     moves.sort(key=lambda move: move.price)
-    error = 0.0
     before = sum(layer.microseconds[DENSE] for layer in layers)
     now, multiplications = before, max(1, sum(layer.shape[0] * layer.shape[1] for layer in layers))
-    sparse, frontier, reached = 0, [Point(1.0, 0.0, 0.0)], False
+    sparse, frontier, reached = 0, [Point(1.0, 0.0, 0.0)], min_speedup is not None and min_speedup <= 1
     frontier_error = 0.0  # the frontier goes on, whatever the bounds
     for move in moves:
         layer = move.layer
@@ -250,10 +282,11 @@ def decide(layers: Sequence[PlannedLayer], max_loss: float | None, min_speedup: 
         frontier.append(Point(before / now, frontier_error, sparse / multiplications))
         if reached or layer.status != move.before:  # a later step builds on the one before it
             continue
-        if max_loss is not None and error + move.error > max_loss:
-            continue
         layer.status = move.status
-        error += move.error
+        # added up as `Plan.error` does it: in another order the same errors may come out above the bound
+        if max_loss is not None and sum(one.error for one in layers) > max_loss:
+            layer.status = move.before
+            continue
         reached = min_speedup is not None and speedup(layers) >= min_speedup
     return frontier
 

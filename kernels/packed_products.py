@@ -7,6 +7,7 @@ from .linear24 import DENSE, linear24
 from .packed import Float8Sparse24Tensor, given, is_packed
 from .paths import EITHER, chosen, target_of
 from .quantize_rows import quantize_rows
+from .transforms import derivatives_are_taken
 
 aten = torch.ops.aten
 implements = Float8Sparse24Tensor.implements
@@ -18,11 +19,15 @@ def packed_linear(x: torch.Tensor, weight: Float8Sparse24Tensor, bias: torch.Ten
 
     Accumulates in float32 and obeys autocast. Raises RuntimeError where x, or bias [N], does not fit.
     """
+    if x.shape[-1:] != (channels := 2 * weight.qdata.shape[1],):
+        raise RuntimeError(f"linear: x {tuple(x.shape)} does not fit a packed weight of {channels} input channels")
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
     elif x.dtype != weight.dtype:
         raise RuntimeError(f"linear: x is {x.dtype}, the packed weight {weight.dtype}; cast one of them")
+    if derivatives_are_taken():
+        return _followed(x, weight, bias)
     values, scale, x_hp, prepacked, prepacked_for = x, None, None, weight.prepacked, weight.prepacked_for
     quantized, hp = activations(x, weight)
     if quantized:
@@ -33,6 +38,18 @@ def packed_linear(x: torch.Tensor, weight: Float8Sparse24Tensor, bias: torch.Ten
     # those of a weight that was cut along its input channels, or every other row, do not lie as kernels read them
     parts = [getattr(weight, name).contiguous() for name in weight.tensor_data_names]
     return linear24(values, scale, *parts, bias, prepacked, x_hp, x.dtype, prepacked_for)
+
+
+def _followed(x: torch.Tensor, weight: Float8Sparse24Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The same in ops that torch.func and forward mode know, with the dense weight; straight through the rounding of
+    the activations, as `linear24`'s own derivative is."""
+    dense = weight.dequantize(x.dtype)
+    y = F.linear(x, dense.t() if weight.transposed else dense, bias)
+    if weight.activation == "none":
+        return y
+    values, scale = quantize_rows(x.detach())
+    rounded = F.linear(values.to(x.dtype) * scale.to(x.dtype) - x.detach(), dense.t() if weight.transposed else dense)
+    return y + rounded.detach()
 
 
 def fits_hp(weight: Float8Sparse24Tensor, dtype: torch.dtype) -> bool:

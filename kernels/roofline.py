@@ -132,6 +132,8 @@ OPS: Mapping[str, Callable[[int, int, int], Steps]] = {
 }
 DENSE_FP8 = ("fp8_dynamic", "fp8_weight_only")
 OURS = ("gemv", "tiles", "tiles_fp8", "sparse_fp8")
+OURS_16BIT = OURS[:2]
+"""Those that multiply activations as they are."""
 
 
 def steps(op: str, m: int, n: int, k: int, gpu: Gpu) -> dict[str, Floor]:

@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
+from torch._C._dynamo import eval_frame
 from torch._dynamo import convert_frame, pgo, trace_rules
 from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
 from torch._dynamo.external_utils import wrap_inline
+from torch._dynamo.types import FrameAction, FrameExecStrategy
 
 # Calibration meets every shape and every module of a class; it must never fall back to running unobserved.
 OBSERVING = {
@@ -159,6 +161,7 @@ class Observation:
             with self._dynamo_as_needed():
                 return compiled(*args, **kwargs)
 
+        _give_another_chance()
         setattr(call, OBSERVED, forward)
         self.module.__dict__ |= {"_compiled_call_impl": None, "forward": call}
         if isinstance(model, OptimizedModule):
@@ -191,6 +194,19 @@ class Observation:
             torch._dynamo.reset_code(code)
             _forget_shapes(code)
         self.codes.clear()
+        _give_another_chance()
+
+
+def _give_another_chance() -> None:
+    """Let Dynamo trace functions again that it gave up on, whoever compiled them: those that met their limit of
+    recompilations, and those that raised while they were traced. It does so for good and for whole functions, which may
+    be every model's (transformers wraps all forwards by one). What it has compiled of them stays.
+
+    Relies on `convert_frame.input_codes` and on the strategy that each code object carries.
+    """
+    for known in convert_frame.input_codes.seen:
+        if (code := known()) is not None:
+            eval_frame.set_code_exec_strategy(code, FrameExecStrategy(FrameAction.DEFAULT, FrameAction.DEFAULT))
 
 
 def _forget_shapes(code: CodeType) -> None:

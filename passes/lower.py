@@ -18,6 +18,7 @@ from torch import fx
 from hwpq_fx.kernels import Float8Sparse24Tensor, quantize_rows
 from hwpq_fx.kernels.packed_products import fits_hp
 from hwpq_fx.kernels.paths import EITHER, HP, Path, chosen, target_of
+from hwpq_fx.kernels.transforms import is_transformed
 
 from .products import Product, products
 from .values import as_traced, copy_of, give_value, rewritten, value_of
@@ -54,8 +55,10 @@ class Input(NamedTuple):
 
 
 def _packed_along_input(product: Product) -> bool:
-    weight = value_of(product.weight)
-    return isinstance(weight, Float8Sparse24Tensor) and weight.transposed != product.linear
+    weight, x = value_of(product.weight), value_of(product.x)
+    # inside torch.func's transforms the weight answers itself: the op has no derivative that they see
+    packed = isinstance(weight, Float8Sparse24Tensor) and not is_transformed(x)
+    return packed and weight.transposed != product.linear
 
 
 def _write(graph: fx.Graph, product: Product, inputs: dict[tuple, Input]) -> None:

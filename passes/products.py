@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from .values import is_transformed, memory_of, value_of
+from hwpq_fx.kernels.transforms import is_transformed
+
+from .values import memory_of, value_of
 
 aten = torch.ops.aten
 LINEAR = {F.linear, torch._C._nn.linear, aten.linear}

@@ -10,6 +10,8 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensor
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 
+from hwpq_fx.kernels.transforms import is_transformed
+
 SOURCE = "hwpq_fx_source"
 
 
@@ -49,11 +51,6 @@ def memory_of(node: fx.Node) -> int | None:
 def memory(value: object) -> int | None:
     plain = isinstance(value, torch.Tensor) and value.layout is torch.strided and not is_transformed(value)
     return value.untyped_storage()._cdata if plain else None  # type: ignore[attr-defined]
-
-
-def is_transformed(value: torch.Tensor) -> bool:
-    """Whether it stands for more than it shows, inside `vmap`, `grad` and their like."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(value)
 
 
 def give_value(node: fx.Node) -> fx.Node:

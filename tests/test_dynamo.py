@@ -15,7 +15,7 @@ import hwpq_fx
 from hwpq_fx.passes import HwpqBackend
 from hwpq_fx.passes.dynamo import Observation, compile_settings, mark_varying, unwrap
 from hwpq_fx.passes.values import op_name, value_of
-from models import Net
+from models import Net, llama, tokens
 
 K = 16
 NEW = {"recompile_limit", "isolate_recompiles"} - signature(torch.compile).parameters.keys()
@@ -406,3 +406,21 @@ def test_calibration_marks_nothing():
     before = dict(x.__dict__)
     hwpq_fx.convert(Net().eval(), [x, (x,), {"x": x}])
     assert x.__dict__ == before
+
+
+def test_a_function_at_its_limit_is_traced_again():
+    """transformers wraps every model's forward by one function: other models' limits are everybody's."""
+    compiled = torch.compile(llama(), dynamic=False, backend="eager")
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for length in range(4, 9):
+            compiled(torch.ones(1, length, dtype=torch.long))
+        for _ in range(2):
+            model = hwpq_fx.convert(llama(), [tokens()])
+            assert len(hwpq_fx.report(model).converted) == 14
+
+
+def test_a_call_that_failed_leaves_nothing_untraced():
+    with pytest.raises(hwpq_fx.CalibrationError, match="refused calibration batch 0"):
+        hwpq_fx.convert(llama(), [{"nonsense": 1}])
+    batch = tokens()
+    assert len(hwpq_fx.explain(hwpq_fx.convert(llama()), batch).graphs) == 1

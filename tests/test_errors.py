@@ -10,7 +10,18 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torchao.quantization import quantize_
 
 import hwpq_fx
-from hwpq_fx import CalibrationError, ConfigError, HWPQConfig, HWPQError, ModelError, convert, prepare, report
+from hwpq_fx import (
+    CalibrationError,
+    ConfigError,
+    HWPQConfig,
+    HWPQError,
+    ModelError,
+    Plan,
+    PlannedLayer,
+    convert,
+    prepare,
+    report,
+)
 from hwpq_fx.conversion import PREPARED
 from hwpq_fx.passes.dynamo import unwrap
 from models import call, encoder, gpt2, llama, mlp, tokens, vectors
@@ -355,28 +366,50 @@ class TestPrepared:
         assert [line.rows for line in report(model).layers] == [3, 3]
 
     @every_kind
-    def test_with_a_config(self, kind):
-        model = kind()
-        with refused(model, ModelError, r"a prepared model has its config already: give it to prepare\(\)"):
-            prepare(model)
-            model(X)
-            convert(model, config=HWPQConfig())
-
-    def test_without_a_batch(self):
-        model = mlp()
-        with refused(model, CalibrationError, "no batch has been run through the prepared model"):
-            convert(prepare(model))
-
-    def test_training_mode_forgotten_in_the_loop(self):
-        model = mlp()
-        state = State(model)
-        prepare(model)
+    def test_it_stays_prepared_where_the_arguments_are_wrong(self, kind):
+        model = prepare(kind(), HWPQConfig(targets=["0"]))
+        with pytest.raises(CalibrationError, match="no batch has been run through the prepared model"):
+            convert(model)
         model(X)
+        state = State(model)
+        with pytest.raises(ModelError, match=r"a prepared model has its config already: give it to prepare\(\)"):
+            convert(model, config=HWPQConfig())
         model.train()
         with pytest.raises(ModelError, match="training mode"):
             convert(model)
         model.eval()
+        planned = PlannedLayer("nowhere", (64, 64), {"sparse24_fp8": 0.1}, {"sparse24_fp8": 1.0}, "sparse24_fp8")
+        with pytest.raises(ConfigError, match="the model has no such layer"):
+            convert(model, plan=Plan([planned], 1, ""))
         state.check()
+        convert(model)
+        assert [(line.rows, line.status) for line in report(model).layers] == [(3, "sparse24_fp8"), (3, "dense")]
+
+    @every_kind
+    def test_nothing_data_free_after_a_failure(self, kind):
+        model = kind()
+        state = State(model)
+        prepare(model)
+        model(X)
+        weight = unwrap(model)[0].weight.data
+        good = weight[0, 0].item()
+        weight[0, 0] = float("nan")
+        with pytest.raises(ModelError, match="NaN"):
+            convert(model)
+        weight[0, 0] = good
+        state.check()
+        with pytest.raises(ModelError, match="went with the conversion that failed: prepare the model again"):
+            convert(model)
+        convert(model)
+        assert [line.rows for line in report(model).layers] == [0, 0]
+
+    def test_prepared_again_after_a_failure(self):
+        model = prepare(mlp())
+        with pytest.raises(CalibrationError, match="refused"):
+            convert(model, [torch.ones(3, 7)])
+        prepare(model)(X)
+        convert(model)
+        assert [line.rows for line in report(model).layers] == [3, 3]
 
     @every_kind
     def test_the_loop_raises_in_between(self, kind):
@@ -514,3 +547,13 @@ def test_padding_alone():
     batch = {"input_ids": torch.randint(9, (2, 5)), "attention_mask": torch.zeros(2, 5, dtype=torch.long)}
     with pytest.raises(ModelError, match=r"nothing is left .*not reached by any row \(padding does not count\)"):
         convert(model, [batch])
+
+
+def test_dynamo_is_off(monkeypatch):
+    model = mlp()
+    state = State(model)
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    with pytest.raises(ModelError, match="TORCHDYNAMO_DISABLE is set"):
+        convert(model, [X])
+    state.check()
+    convert(model)  # needs no tracing

@@ -108,9 +108,13 @@ def test_outliers_are_told_among_their_like():
     layers = layers_of(0.30, 0.31, 0.29, 0.9, 0.30)
     mark_outliers(layers)
     assert [layer.name for layer in layers if layer.reason] == ["layers.3.q_proj", "layers.3.down_proj"]
-    layers = layers_of(0.30, 0.31, 0.29, 0.32, 0.30)
+    for ordinary in ((0.30, 0.31, 0.29, 0.32, 0.30), (0.0, 0.31, 0.29, 0.32, 0.30), (0.02, 0.31, 0.29, 0.32, 0.30)):
+        layers = layers_of(*ordinary)
+        mark_outliers(layers)
+        assert not any(layer.reason for layer in layers)
+    layers = layers_of(1.5, 0.31, 0.29, 0.32, 0.30)
     mark_outliers(layers)
-    assert not any(layer.reason for layer in layers)
+    assert [layer.name for layer in layers if layer.reason] == ["layers.0.q_proj", "layers.0.down_proj"]
     mark_outliers([PlannedLayer("x", (8, 8), {DENSE: 0}, {DENSE: 1})])
 
 
@@ -190,21 +194,32 @@ def test_json_round_trip(model, tmp_path):
 
 
 def test_times(monkeypatch):
-    modelled, where = times_of((4096, 4096), 1, "h100", torch.device("cpu"), (DENSE, FP8, SPARSE))
+    def times(shape, rows=1, gpu="h100", statuses=(DENSE, FP8, SPARSE), activation="dynamic"):
+        found, where = times_of([(shape, statuses)], rows, gpu, torch.device("cpu"), activation)
+        return found[0], where
+
+    modelled, where = times((4096, 4096))
     assert where == "the roofline model of H100 SXM"
     assert modelled[DENSE] / modelled[SPARSE] == pytest.approx(3.2, rel=0.02)
     assert modelled[DENSE] / modelled[FP8] == pytest.approx(2, rel=0.02)
-    slower, _ = times_of((4096, 4096), 1, "l40s", torch.device("cpu"), (DENSE,))
+    slower, _ = times((4096, 4096), gpu="l40s")
     assert slower[DENSE] > 3 * modelled[DENSE]
     with pytest.raises(ConfigError, match="gpu 'v100' is not known"):
-        times_of((64, 64), 1, "v100", torch.device("cpu"), (DENSE,))
-    measured = Table({(64, 64): {8: {"bf16": 9.0, "fp8 dynamic": 7.0, "gemv": 5.0, "tiles": 4.0}}})
+        times((64, 64), gpu="v100")
+    # what multiplies 16-bit activations has no FP8 tensor cores
+    many, _ = times((4096, 4096), 4096, activation="none")
+    assert many[SPARSE] >= many[DENSE] and many[FP8] >= many[DENSE]
+    assert times((4096, 4096), 4096)[0][SPARSE] < many[SPARSE] / 2
+    measured = Table({(64, 64): {8: {"bf16": 9.0, "fp8 dynamic": 7.0, "fp8 weight-only": 8.0}}})
+    measured.entries[64, 64][8] |= {"gemv": 5.0, "tiles": 4.0, "cusparselt": 1.0}
     planning = __import__("sys").modules["hwpq_fx.plan"]
     monkeypatch.setattr(planning, "target_of", lambda device: hwpq_fx.kernels.paths.Target(90, "G"))
     monkeypatch.setattr(planning, "table_of", lambda name: measured)
-    found = times_of((64, 64), 3, "h100", torch.device("cpu"), (DENSE, FP8, SPARSE))
-    assert found == ({DENSE: 9.0, FP8: 7.0, SPARSE: 4.0}, "measurement on G")
-    assert times_of((64, 128), 3, "h100", torch.device("cpu"), (DENSE,))[1].startswith("the roofline")
+    assert times((64, 64), 3) == ({DENSE: 9.0, FP8: 7.0, SPARSE: 1.0}, "measurement on G")
+    assert times((64, 64), 3, activation="none") == ({DENSE: 9.0, FP8: 8.0, SPARSE: 4.0}, "measurement on G")
+    # all measured or none
+    both, where = times_of([((64, 64), (DENSE,)), ((64, 128), (DENSE,))], 3, "h100", torch.device("cpu"), "none")
+    assert where.startswith("the roofline") and both[0][DENSE] < 1
 
 
 def test_plot(model, tmp_path):
@@ -253,6 +268,20 @@ def test_files_that_hold_no_plan(tmp_path, content):
         Plan.load(tmp_path / "plan.json")
 
 
+def test_its_own_error_is_a_bound_that_holds_all_of_it(model):
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model = Mlp().eval()
+        made = hwpq_fx.plan(model, BATCHES)
+        assert hwpq_fx.plan(model, BATCHES, HWPQConfig(max_loss=made.error)).statuses() == made.statuses()
+
+
+def test_nothing_is_done_for_a_speed_that_is_there(model):
+    assert hwpq_fx.plan(model, BATCHES, HWPQConfig(min_speedup=1.0)).speedup == 1
+
+
 def test_unstructured_has_no_plan(model):
+    with pytest.raises(ConfigError, match=r'a plan is for sparsity "2:4", not 0\.5'):
+        hwpq_fx.plan(model, BATCHES, HWPQConfig(sparsity=0.5))
     with pytest.raises(ConfigError, match="max_loss and min_speedup are for sparsity"):
         convert(model, BATCHES, HWPQConfig(sparsity=0.5, max_loss=1.0))
