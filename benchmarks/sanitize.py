@@ -3,11 +3,10 @@
     python benchmarks/sanitize.py                                               the check alone
     compute-sanitizer --tool memcheck python benchmarks/sanitize.py --quick     with every memory access checked
 
---quick: bfloat16 and two shapes only.
-
 Prints a line for each; exits with 1 where one is wrong, raises, or was never launched.
 """
 
+import argparse
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -142,4 +141,9 @@ def main(quick: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main("--quick" in sys.argv[1:]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="bfloat16 and two shapes only")
+    given = parser.parse_args()
+    if DEVICE == "cpu":
+        parser.exit(2, "no GPU: there is nothing to check\n")
+    sys.exit(main(given.quick))

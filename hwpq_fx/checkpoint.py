@@ -142,19 +142,25 @@ def join(
         if found.shape != size or found.dtype != kind:
             raise CheckpointError(f"{component(name, part)} is {tuple(found.shape)} {found.dtype}, not {size} {kind}")
     qdata, scale = parts["qdata"], parts["scale"]
+    dtype = dtype_named(stored.dtype) if stored.dtype else dtype
+    if not qdata.is_meta:  # there are no values then
+        _check_values(name, parts)
+    if stored.format == FP8:
+        return _float8(qdata, scale, stored, dtype)
+    return Float8Sparse24Tensor(qdata, parts["sparse_metadata"], scale, stored.activation, stored.transposed, dtype)
+
+
+def _check_values(name: str, parts: Mapping[str, torch.Tensor]) -> None:
+    qdata, scale = parts["qdata"], parts["scale"]
     if bool(((qdata.view(torch.uint8) & 0x7F) == 0x7F).any()):
         raise CheckpointError(f"{component(name, 'qdata')} holds NaN")
     if not bool((scale.isfinite() & (scale > 0)).all()):
         raise CheckpointError(f"{component(name, 'scale')} holds a scale that is not a positive finite number")
-    dtype = dtype_named(stored.dtype) if stored.dtype else dtype
-    if stored.format == FP8:
-        return _float8(qdata, scale, stored, dtype)
-    if (where := bad_pattern(parts["sparse_metadata"])) is not None:
+    if "sparse_metadata" in parts and (where := bad_pattern(parts["sparse_metadata"])) is not None:
         raise CheckpointError(
             f"{component(name, 'sparse_metadata')} at {where}: the two indices of a group of four are repeated or out "
             "of order"
         )
-    return Float8Sparse24Tensor(qdata, parts["sparse_metadata"], scale, stored.activation, stored.transposed, dtype)
 
 
 def bad_pattern(sparse_metadata: torch.Tensor) -> tuple[int, int] | None:

@@ -96,7 +96,8 @@ class HWPQConfig(AOBaseConfig):
 
     max_loss: float | None = None
     """Bound on the relative output errors summed over the layers: each layer becomes 2:4, dense FP8 or stays as it is,
-    by error for time saved (see `hwpq_fx.plan`). None: no bound."""
+    by error for time saved (see `hwpq_fx.plan`). The errors are those of layers by themselves: with `sequential` those
+    in the report are others, as they are measured on what the layers before have left. None: no bound."""
 
     min_speedup: float | None = None
     """Make no more layers FP8 or 2:4 than it takes for the products to be so many times as fast as dense ones. None:

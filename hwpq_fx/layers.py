@@ -1,5 +1,6 @@
 """The layers of a model: every parameter that a product may use, under the name a user gives it."""
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -121,7 +122,7 @@ def stacked_of(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 def check_convertible(model: nn.Module) -> None:
     """Raise ModelError for a model in training mode, without weights yet, in TorchScript, prepared by
-    `quantize_`, or converted already."""
+    `quantize_`, sharded, or converted already."""
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("a TorchScript module cannot be traced by Dynamo: convert the nn.Module it was made from")
     for name, module in model.named_modules():
@@ -130,7 +131,12 @@ def check_convertible(model: nn.Module) -> None:
             raise ModelError(f"{where} is in training mode: call model.eval() before converting")
         if OBSERVER in vars(module):
             raise ModelError(f'{name or "it"} was prepared by quantize_: finish with quantize_ and step="convert"')
+        if sharded(module):
+            where = f"module {name!r}" if name else "the model"
+            raise ModelError(f"{where} is sharded by FSDP: convert before it is sharded (or wrapped) for training")
     for name, parameter in model.named_parameters():
+        if distributed(parameter):
+            raise ModelError(f"{name} is a DTensor: convert before the model is cut for several devices")
         if isinstance(parameter, TorchAOBaseTensor):
             raise ModelError(
                 f"{name} is a {type(parameter).__name__}: this model has been converted or quantized already; load the "
@@ -140,6 +146,17 @@ def check_convertible(model: nn.Module) -> None:
             raise ModelError(f"{name} has no shape yet: run the model once before converting")
         if parameter.is_meta:
             raise ModelError(f"{name} is on the meta device and holds no weights: load the model before converting")
+
+
+def sharded(module: nn.Module) -> bool:
+    """Whether FSDP, 1 or 2, manages its parameters: what is put in their place it takes away again."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel))
+
+
+def distributed(parameter: nn.Parameter) -> bool:
+    tensor = sys.modules.get("torch.distributed.tensor")
+    return tensor is not None and isinstance(parameter, tensor.DTensor)
 
 
 def put(layer: Layer, weight: torch.Tensor) -> None:

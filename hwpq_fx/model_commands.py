@@ -14,6 +14,9 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
+from hwpq_fx.kernels.gpus import GPUS
+
+from .compress import check_packing_format
 from .config import HWPQConfig
 from .conversion import convert
 from .conversion import plan as make_plan
@@ -87,6 +90,7 @@ def compress(model, calib, samples, length, config_file, device, out, plan_file,
         if dry:
             if plan_file:
                 raise click.UsageError("--dry-run does not read plans: leave one of --plan and --dry-run out")
+            check_packing_format(config, torch.device(device))
             found = dry_run(model, check_for_blocks(config) if offload else config)
             click.echo(json.dumps(found.to_dict()) if as_json else str(found))
             return
@@ -118,7 +122,8 @@ def compress(model, calib, samples, length, config_file, device, out, plan_file,
 @click.command()
 @click.argument("model")
 @calibration_options
-@click.option("--gpu", default=DEFAULT_GPU, show_default=True, help="Whose roofline gives the times.")
+@click.option("--gpu", type=click.Choice(list(GPUS)), default=DEFAULT_GPU, show_default=True,
+              help="Whose roofline gives the times.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="JSON file for `compress --plan`.")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Picture of speed against error.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
@@ -132,9 +137,9 @@ def plan(model, calib, samples, length, config_file, device, gpu, out, plot, as_
         for file in (out, plot):
             if file and not file.absolute().parent.is_dir():
                 raise click.UsageError(f"{file}: there is no folder {file.absolute().parent}")
+        config, progress = read_config(config_file), not as_json and sys.stderr.isatty()
         loaded, tokenizer = load(model, device)
         batches = calibration(loaded, tokenizer, calib, samples, length)
-        config, progress = read_config(config_file), not as_json and sys.stderr.isatty()
         made = make_plan(loaded, batches, config, gpu=gpu, progress=progress)
         if out:
             made.save(out)

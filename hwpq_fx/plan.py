@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from io import StringIO
@@ -102,10 +103,13 @@ class Plan:
                 raise ConfigError(f"the plan has format {content['format']}, this version reads {FORMAT}")
             layers = [PlannedLayer(**layer | {"shape": tuple(layer["shape"])}) for layer in content["layers"]]
             made = cls(layers, content["rows"], content["timing"], [Point(**one) for one in content["frontier"]])
-        except (KeyError, TypeError) as error:
+            for layer in made.layers:
+                _check(layer)
+        except (KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"this is no plan: {type(error).__name__} {error}") from error
-        for layer in made.layers:
-            check_status(layer)
+        if len(made.statuses()) < len(made.layers):
+            twice = next(one for one, many in Counter(layer.name for layer in made.layers).items() if many > 1)
+            raise ConfigError(f"the plan has {twice} twice")
         return made
 
     def save(self, file: str | Path) -> None:
@@ -115,7 +119,7 @@ class Plan:
     def load(cls, file: str | Path) -> Plan:
         """Raises ConfigError where the file holds no plan, OSError where it cannot be read."""
         try:
-            content = json.loads(Path(file).read_text())
+            content = json.loads(Path(file).read_text(encoding="utf-8-sig"))
         except ValueError as error:
             raise ConfigError(f"{file} is no JSON: {error}") from error
         if not isinstance(content, dict):
@@ -174,9 +178,19 @@ def picture_formats() -> set[str]:
     return set(FigureCanvasBase.get_supported_filetypes())
 
 
+def _check(layer: PlannedLayer) -> None:
+    """Raise ConfigError where what a file says of a layer cannot be."""
+    numbers = [*layer.errors.values(), *layer.microseconds.values()]
+    if not isinstance(layer.name, str) or len(layer.shape) != 2:
+        raise ConfigError(f"this is no plan: it has a layer {layer.name!r} of shape {layer.shape}")
+    if not all(isinstance(one, (int, float)) for one in numbers) or DENSE not in layer.microseconds:
+        raise ConfigError(f"this is no plan: errors and microseconds of {layer.name} are not numbers by status")
+    check_status(layer)
+
+
 def check_status(layer: PlannedLayer) -> None:
     """Raise ConfigError where the layer is to become what it cannot."""
-    if layer.status not in layer.errors or layer.status not in layer.microseconds:
+    if layer.status not in STATUSES or layer.status not in layer.errors or layer.status not in layer.microseconds:
         possible = ", ".join(status for status in STATUSES if status in layer.errors)
         raise ConfigError(f"the plan makes {layer.name} {layer.status!r}; it can be {possible}")
 

@@ -42,7 +42,8 @@ class LayerReport:
     error: float = 0.0
     """Relative output error ||X(W - W')|| / ||XW|| on the calibration inputs, FP8 rounding of W included, of
     activations not. With "cg" from X^T X or the sampled rows, else from the sums of squares alone: what it would be
-    were the input channels uncorrelated. Do not compare the one with the other."""
+    were the input channels uncorrelated. Do not compare the one with the other. With sequential it is measured against
+    the dense layer on the dense model's inputs, and may exceed 1 where the layer makes up for those before it."""
     compensation: str = ""
     """What was done for the pruned weights: "none", "energy", "cg, X^T X", "cg, 4096 rows", or with
     sequential "cg, in order, X^T X"."""
@@ -139,7 +140,7 @@ def _layers(count: int) -> str:
 
 def report(model: Callable[..., Any]) -> Report:
     """The report of the conversion that made `model`, compiled or not. Raises ValueError where there was none."""
-    found = unwrap(model).__dict__.get(ATTRIBUTE)
+    found = getattr(unwrap(model), "__dict__", {}).get(ATTRIBUTE)
     if found is None:
         raise ValueError("this model was not converted by hwpq_fx.convert")
     return found

@@ -3,7 +3,8 @@
 While a checkpoint loads, the skeleton holds the stored parts of each packed weight as parameters of their own, under
 the names they have in the files. So transformers' loader does with them what it does with any parameter (shards,
 devices, threads), and knows nothing of tensor subclasses; afterwards the parts are put together. Of transformers this
-uses only what it offers to quantizers, and one private flag (`_is_hf_initialized`).
+uses what it offers to quantizers, how it renames what a part of a model reads of the whole (`PrefixChange`), and one
+private flag (`_is_hf_initialized`). Tried on transformers 5.17 and 5.23.
 
 Imported when `transformers.quantizers.auto` is (`on_import`), which is when somebody loads a model.
 """
@@ -13,11 +14,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torchao.utils import TorchAOBaseTensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -44,7 +48,7 @@ from .report import ATTRIBUTE, Report, attach_report
 from .report import REPORT_METADATA as REPORT
 
 if TYPE_CHECKING:  # this module is imported in the middle of theirs
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 METHOD = "hwpq_fx"
 LOADED = "_is_hf_initialized"  # transformers sets it on every parameter that a checkpoint had
@@ -106,9 +110,11 @@ class HWPQQuantizer(HfQuantizer):
         self.holes: dict[str, tuple[nn.Module, str]] = {}
         names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         prefix = f"{model.base_model_prefix}."
+        changes = [one for one in get_model_conversion_mapping(model) if isinstance(one, PrefixChange)]
         for saved, stored in self.quantization_config.layers.items():
-            # the model that was saved may have been this one with a head or without
-            possible = (saved, prefix + saved, saved.removeprefix(prefix))
+            # the model that was saved may have been this one with a head or without, or one that it is a part of
+            part = reduce(lambda name, change: change.rename_source_key(name)[0], changes, saved)
+            possible = (saved, prefix + saved, saved.removeprefix(prefix), part)
             name = next((name for name in possible if name in names), None)
             if name is not None:
                 self.holes[saved] = _take_apart(model, name, stored)
@@ -128,7 +134,8 @@ class HWPQQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """What `save_pretrained` writes; brings the config, which it writes next, up to date."""
         flat, self.quantization_config.layers = split(model.state_dict(), model.dtype)
-        model.config.quantization_config = self.quantization_config  # a part that was saved alone shares the config
+        for config in configs_in(model.config):  # a part that was saved alone shares it, or has one of its own in it
+            config.quantization_config = self.quantization_config
         made = model.__dict__.get(ATTRIBUTE)
         return flat, {} if made is None else {REPORT: json.dumps(made.to_dict())}
 
@@ -141,6 +148,8 @@ class HWPQQuantizer(HfQuantizer):
                     owner.register_parameter(name, nn.Parameter(weight.dequantize().to(dtype or weight.dtype)))
         model.__dict__.pop(ATTRIBUTE, None)
         self.remove_quantization_config(model)
+        for config in configs_in(model.config):
+            vars(config).pop("quantization_config", None)
         return model
 
     def is_serializable(self) -> bool:
@@ -175,6 +184,14 @@ def attach_missing(model: nn.Module) -> None:
         if packed and getattr(found, "hf_quantizer", None) is None:
             known = getattr(found.config, "quantization_config", None)  # parts share it
             _attach(found, known.config if isinstance(known, HWPQTransformersConfig) else HWPQConfig())
+
+
+def configs_in(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """A model's config and those of its parts: CLIPTextModel reads a CLIPModel's checkpoint, and that part's config."""
+    yield config
+    for name in config.sub_configs:
+        if (part := getattr(config, name, None)) is not None:
+            yield from configs_in(part)
 
 
 def _models_in(model: nn.Module) -> Iterator[PreTrainedModel]:

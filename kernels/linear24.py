@@ -4,10 +4,12 @@ This is the definition. What a CPU runs is in `cpu24`: for many rows of x a plai
 that the weight carries, `prepacked` [N, K] (see `dense_layout`). What a GPU runs is chosen in `paths`.
 """
 
+import math
 from functools import cache
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 from .pack24 import unpack24
 from .quantize_rows import E4M3
@@ -161,3 +163,9 @@ def _backward(ctx, grad):
 
 
 linear24.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.hwpq_fx.linear24)
+def _flops(x_shape, x_scale_shape, qdata_shape, *args, out_shape=None, **kwargs) -> int:
+    """For torch.utils.flop_counter: those of the dense product, as for any other, zeros included."""
+    return 2 * math.prod(x_shape) * qdata_shape[0]

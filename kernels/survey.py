@@ -6,6 +6,7 @@ on a CPU and not be compiled any more. This is the one place that switches it of
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -67,8 +68,12 @@ def survey(archs: Sequence[int], modules: Sequence[str], name: str = "", jobs: i
     with tempfile.TemporaryFile("w+") as said:
         with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=said, text=True) as child:
             assert child.stdout
-            for line in child.stdout:
-                yield Finding(*json.loads(line))
+            try:
+                for line in child.stdout:
+                    yield Finding(*json.loads(line))
+            except BaseException:
+                child.terminate()
+                raise
         if child.returncode:
             said.seek(0)
             raise RuntimeError(f"compiling kernels failed:\n{said.read()[-2000:]}")
@@ -99,7 +104,22 @@ def _examine(module: str, arch: int, index: int) -> Finding:
     )
 
 
+def _interrupt(number: int, frame: object) -> None:
+    """Once: Ctrl-C reaches every process of a terminal, and then `survey` ends this one as well."""
+    for one in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(one, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _leave_to_parent() -> None:
+    """A worker that Ctrl-C ends may take the lock of the queue with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def _main(work: str) -> None:
+    for one in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(one, _interrupt)
     archs, modules, name, jobs = json.loads(work)
     # Triton prints to stdout what ptxas complains about: only findings may go there
     out = os.fdopen(os.dup(1), "w")
@@ -114,14 +134,16 @@ def _main(work: str) -> None:
                 names.setdefault(launch, []).append(specimen.name)
                 tasks.setdefault(launch, (module, arch, index))
     # forked workers have triton and the modules imported already
-    with ProcessPoolExecutor(jobs or os.cpu_count(), get_context("fork")) as pool:
+    with ProcessPoolExecutor(jobs or os.cpu_count(), get_context("fork"), _leave_to_parent) as pool:
         try:
             started = {pool.submit(_examine, *task): names[launch] for launch, task in tasks.items()}
             for done in as_completed(started):
                 for called in started[done]:
                     print(json.dumps(done.result()._replace(specimen=called)), file=out, flush=True)
-        except BrokenPipeError:  # nobody wants the rest
+        except (BrokenPipeError, KeyboardInterrupt) as error:  # nobody wants the rest
             pool.shutdown(cancel_futures=True)
+            if isinstance(error, KeyboardInterrupt):
+                sys.exit("interrupted")
 
 
 if __name__ == "__main__":

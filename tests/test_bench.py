@@ -363,19 +363,47 @@ def test_without_a_gpu_it_exits_with_2(tmp_path, monkeypatch, arguments):
 
 def test_table_needs_no_gpu(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
     (tmp_path / "README.md").write_text(f"{START}\n{END}\n")
     assert CliRunner().invoke(bench, ["--table"]).exit_code == 0
     assert NOT_MEASURED in (tmp_path / "README.md").read_text()
-    results = tmp_path / "benchmarks" / "results"
-    results.mkdir(parents=True)
     (results / "cpu.json").write_text("{}")
     (results / "gpu.json").write_text(json.dumps(result_of(layer_lines({"bf16": 1.0}))))
     assert CliRunner().invoke(bench, ["--table"]).exit_code == 0
     assert "H100" in (tmp_path / "README.md").read_text()
 
 
+def test_a_table_is_not_lost_by_a_slip(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    before = f"{START}\r\nmeasured\r\n{END}\r\nmore\r\n".encode()
+    (tmp_path / "README.md").write_bytes(before)
+    (results / "list.json").write_text("5")
+    for wrong, says in (
+        (["--out", "reslts"], "reslts is not there"),
+        (["--readme", "nowhere.md"], "nowhere.md is not there"),
+        (["--quick"], "--table measures nothing"),
+    ):
+        done = CliRunner().invoke(bench, ["--table", *wrong])
+        assert done.exit_code == 2 and says in done.output
+    (results / "broken.json").write_text("{")
+    done = CliRunner().invoke(bench, ["--table"])
+    assert done.exit_code == 2 and "broken.json holds no JSON" in done.output
+    (results / "broken.json").write_text(json.dumps({"machine": {"device": "x"}, "ceilings": {}}))
+    done = CliRunner().invoke(bench, ["--table"])
+    assert done.exit_code == 1 and "it has no 'driver'" in done.output
+    assert (tmp_path / "README.md").read_bytes() == before
+    (results / "broken.json").write_text(json.dumps(result_of(layer_lines({"bf16": 1.0}))))
+    assert CliRunner().invoke(bench, ["--table"]).exit_code == 0
+    after = (tmp_path / "README.md").read_bytes()
+    assert after.endswith(b"\r\nmore\r\n") and after.count(b"\n") == after.count(b"\r\n") > 5
+
+
 def test_a_readme_without_markers_is_left_alone(fake_gpu, tmp_path):
     (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True, exist_ok=True)
     assert CliRunner().invoke(bench, ["--table"]).exit_code == 2
     done = CliRunner().invoke(bench, [])
     assert done.exit_code == 0 and "no table is written" in done.output

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -79,6 +80,29 @@ def test_spills_are_those_of_ptxas(samples, tmp_path):
 def test_survey_says_what_died(samples):
     with pytest.raises(RuntimeError, match="No module named 'no_such_kernels'"):
         list(survey([90], ["no_such_kernels"]))
+
+
+@needs_triton
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_survey_ends_when_it_is_told_to(samples, how):
+    """Not once every kernel that was queued is compiled."""
+    kill = "me.children()[0].terminate()" if how is signal.SIGTERM else "os.killpg(0, signal.SIGINT)"  # as a terminal
+    script = (
+        "import os, signal, time, psutil; from hwpq_fx.kernels.survey import kernel_modules, survey\n"
+        "me = psutil.Process()\n"
+        "try:\n"
+        "    for number, one in enumerate(survey([80, 90, 100, 120], kernel_modules(), jobs=2)):\n"
+        "        if number:\n"
+        "            continue\n"
+        "        children = me.children(recursive=True)\n"
+        f"        {kill}\n"
+        "except (KeyboardInterrupt, RuntimeError):\n"
+        "    print(len(psutil.wait_procs(children, timeout=20)[1]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, start_new_session=True
+    )
+    assert done.stdout == "0\n", done.stderr
 
 
 SASS = """

@@ -516,6 +516,8 @@ def test_an_error_of_our_own_is_not_blamed_on_the_batch(monkeypatch):
 
 
 def test_a_report_needs_a_conversion():
+    with pytest.raises(ValueError, match="not converted"):
+        report(5)
     with pytest.raises(ValueError, match=r"not converted by hwpq_fx.convert"):
         report(mlp())
     with pytest.raises(ValueError, match=r"not converted by hwpq_fx.convert"):
@@ -557,3 +559,37 @@ def test_dynamo_is_off(monkeypatch):
         convert(model, [X])
     state.check()
     convert(model)  # needs no tracing
+
+
+@pytest.fixture
+def one_process():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no torch.distributed")
+class TestSharded:
+    """What FSDP keeps it would put back: a conversion would be undone without a word."""
+
+    @pytest.mark.parametrize("step", [convert, prepare])
+    @pytest.mark.parametrize("whole", [True, False])
+    def test_fsdp(self, one_process, step, whole):
+        from torch.distributed.fsdp import fully_shard
+
+        model = mlp()
+        fully_shard(model if whole else model[0], mesh=one_process)
+        with pytest.raises(ModelError, match="is sharded by FSDP: convert before"):
+            step(model)
+        model = mlp()
+        fully_shard(model, mesh=one_process)
+        model(X)  # what FSDP has put there for the call
+        with pytest.raises(ModelError, match="the model is sharded by FSDP"):
+            step(model)
+
+    def test_tensor_parallel(self, one_process):
+        from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+        model = parallelize_module(mlp(), one_process, {"0": ColwiseParallel()})
+        with pytest.raises(ModelError, match=r"0\.weight is a DTensor: convert before"):
+            convert(model)

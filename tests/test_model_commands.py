@@ -169,10 +169,16 @@ def test_numbers_that_cannot_be(folder, extra):
     assert extra[0] in told and "Traceback" not in told
 
 
-@pytest.mark.parametrize(("extra", "message"), [((), "quantize_"), (("--offload",), "sequential is for")])
-def test_a_dry_run_refuses_what_the_run_would(folder, tmp_path, extra, message):
-    field = {"sequential": True} if extra else {"step": "prepare"}
-    (tmp_path / "config.json").write_text(json.dumps(field))
+REFUSED = [
+    ({"step": "prepare"}, (), "quantize_"),
+    ({"sequential": True}, ("--offload",), "sequential is for"),
+    ({"packing_format": "sparse_2d_data_2d_metadata"}, ("--device", "cpu"), "packing_format"),
+]
+
+
+@pytest.mark.parametrize(("fields", "extra", "message"), REFUSED)
+def test_a_dry_run_refuses_what_the_run_would(folder, tmp_path, fields, extra, message):
+    (tmp_path / "config.json").write_text(json.dumps(fields))
     told = run("compress", folder / "dense", "--dry-run", "--config", tmp_path / "config.json", *extra, code=1)
     assert message in told and "Traceback" not in told
 

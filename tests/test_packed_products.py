@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from hwpq_fx.kernels import Float8Sparse24Tensor, linear24
 from weights import ACTIVATIONS, DTYPES, K, Layer, N, check, make
@@ -316,3 +317,22 @@ def test_traced_attention(kind):
     given = inputs(kind, True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(*given)[0], theirs(*given)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_shape_that_does_not_fit_is_told():
+    for shape in ((0,), (), (3, K + 8)):
+        with pytest.raises(RuntimeError, match=rf"does not fit a packed weight of {K} input channels"):
+            F.linear(torch.randn(shape), make())
+
+
+def test_autocast_leaves_float64():
+    weight, x = make(dtype=torch.float64), torch.randn(3, K, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert F.linear(x, weight).dtype is torch.float64
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_flops_are_those_of_the_dense_product(activation):
+    with FlopCounterMode(display=False) as counter:
+        F.linear(torch.randn(2, 5, K), make(activation=activation))
+    assert counter.get_total_flops() == 2 * 10 * K * N

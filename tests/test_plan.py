@@ -261,7 +261,26 @@ def test_nothing_left(model):
         hwpq_fx.plan(model, BATCHES)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format": 9}', '{"format": 1, "layers": [{}]}'])
+def layer_of(**changes):
+    """A plan's JSON of one layer, or two."""
+    layer = {"name": "x", "shape": [8, 8], "errors": {"dense": 0, "int4": 0.1}, "microseconds": {"dense": 2, "int4": 1}}
+    twice = changes.pop("twice", False)
+    layers = [layer | {"status": "dense"} | changes] * (1 + twice)
+    return json.dumps({"format": 1, "rows": 1, "timing": "", "frontier": [], "layers": layers})
+
+
+BAD = [{"errors": None}, {"microseconds": None}, {"status": ["fp8"]}, {"microseconds": {"fp8": 1}}, {"shape": [8]}]
+BAD += [{"errors": {"dense": "0"}}, {"name": 3}, {"status": "int4"}, {"twice": True}]
+
+
+def test_a_file_of_this_kind_is_read(tmp_path):
+    (tmp_path / "plan.json").write_text("\ufeff" + layer_of(), encoding="utf-8")
+    assert Plan.load(tmp_path / "plan.json").layers[0].name == "x"
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", '{"format": 9}', '{"format": 1, "layers": [{}]}', *(layer_of(**bad) for bad in BAD)]
+)
 def test_files_that_hold_no_plan(tmp_path, content):
     (tmp_path / "plan.json").write_text(content)
     with pytest.raises(ConfigError):

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torchao.quantization import quantize_
 from transformers import AutoModel, AutoModelForCausalLM
@@ -69,6 +70,41 @@ def test_the_config_of_the_conversion_is_kept(tmp_path):
     hwpq_fx.save_pretrained(model, tmp_path)
     told = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["config"]
     assert (told["layout"], told["activation"]) == ("packed", "none")
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+PARTS = {  # of a model, how many packed weights they have
+    "CLIP": {"Model": 26, "TextModel": 12, "VisionModel": 12, "TextModelWithProjection": 13},
+    "Siglip": {"Model": 29, "TextModel": 13, "VisionModel": 16},
+}
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_a_part_reads_the_checkpoint_of_the_whole(kind, tmp_path):
+    text = SIZES | {"vocab_size": 64, "max_position_embeddings": 16, "projection_dim": 16}
+    vision = SIZES | {"image_size": 16, "patch_size": 8, "projection_dim": 16}
+    projected = {"projection_dim": 16} if kind == "CLIP" else {}
+    config = getattr(transformers, f"{kind}Config")(text_config=text, vision_config=vision, **projected)
+    whole = convert(getattr(transformers, f"{kind}Model")(config).eval())
+    whole.save_pretrained(tmp_path / "whole")
+    weights = [weight.dequantize() for weight in whole.parameters() if isinstance(weight, Float8Sparse24Tensor)]
+    for name, count in PARTS[kind].items():
+        part, told = getattr(transformers, kind + name).from_pretrained(tmp_path / "whole", output_loading_info=True)
+        assert not told["missing_keys"] and len(packed(part)) == count
+        found = [weight.dequantize() for weight in part.parameters() if isinstance(weight, Float8Sparse24Tensor)]
+        assert all(any(one.equal(other) for other in weights) for one in found)
+        part.save_pretrained(tmp_path / name)
+        assert packed(type(part).from_pretrained(tmp_path / name)) == packed(part)
+    hwpq_fx.export(whole, tmp_path / "dense")
+    whole.dequantize().save_pretrained(tmp_path / "again")
+    for folder in ("dense", "again"):
+        assert "quantization_config" not in (tmp_path / folder / "config.json").read_text()
+
+
+def test_on_the_meta_device(tmp_path):
+    convert(llama()).save_pretrained(tmp_path)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="meta")
+    assert len(packed(back)) == 14 and all(weight.is_meta for weight in back.parameters())
 
 
 def test_what_others_quantized_is_left_to_them(tmp_path):

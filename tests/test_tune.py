@@ -151,6 +151,15 @@ def test_the_command_exits_with_1_where_a_path_is_wrong(fake_gpu, paths):
     assert done.exit_code == 1 and "gemv at M = 1" in done.output
 
 
+@pytest.mark.parametrize("extra", [[], ["--json"]])
+def test_no_kernel_that_is_right_makes_no_table(fake_gpu, paths, tmp_path, extra):
+    for name in paths:
+        paths[name] = paths[name]._replace(product=lambda *arguments: torch.zeros(1, 1))
+    done = CliRunner().invoke(tune, [*fake_gpu, *extra])
+    assert done.exit_code == 1 and "there is no table" in done.output and "written to" not in done.output
+    assert not (tmp_path / "table.json").exists()
+
+
 def test_a_model_nobody_knows_is_refused():
     done = CliRunner().invoke(tune, ["--model", "llama-9"])
     assert done.exit_code == 2 and "llama-3-8b" in done.output

@@ -46,7 +46,14 @@ def bench(
 
     Exits with 2 where there is no GPU, and with 1 where one of our own results was wrong or the GPU was lost.
     """
-    if not table_only:
+    if table_only:
+        # a name that is misspelt would make an empty table of the one that is there
+        for place in (out, readme):
+            if not place.exists():
+                raise click.UsageError(f"{place} is not there")
+        if quick or only or model or budget is not None:
+            raise click.UsageError("--table measures nothing: leave --quick, --only, --model and --budget out")
+    else:
         if why := no_gpu():
             raise click.UsageError(f"{why}: there is nothing to measure")
         effort = QUICK if quick else FULL
@@ -70,6 +77,8 @@ def bench(
     if readme.exists():
         try:
             write_readme(readme, results_in(out))
+        except KeyError as error:
+            raise click.ClickException(f"a file in {out} is no result of this command: it has no {error}") from error
         except ValueError as error:
             if table_only:
                 raise click.UsageError(str(error)) from error

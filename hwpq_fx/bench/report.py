@@ -226,9 +226,13 @@ def _sums_table(result: Mapping[str, Any]) -> list[str]:
 
 def write_readme(file: Path, results: Iterable[Mapping[str, Any]]) -> None:
     """Put `markdown(results)` between the markers. Raises ValueError where the file has not one pair of them."""
-    text = file.read_text()
+    with file.open(newline="", encoding="utf-8") as opened:
+        text = opened.read()
+    line_end = "\r\n" if "\r\n" in text else "\n"
     before, start, rest = text.partition(START)
     _, end, after = rest.partition(END)
     if not start or not end or START in rest or END in after:
         raise ValueError(f"{file} needs one {START} and one {END} after it")
-    file.write_text(f"{before}{START}\n{markdown(results)}\n{END}{after}")
+    table = f"{START}\n{markdown(results)}\n{END}".replace("\n", line_end)
+    with file.open("w", newline="", encoding="utf-8") as opened:
+        opened.write(f"{before}{table}{after}")

@@ -195,6 +195,11 @@ def _short(line: dict[str, Any]) -> str:
 
 
 def results_in(folder: Path) -> list[Result]:
-    """Every GPU's result in a folder, by name."""
-    made = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
-    return [one for one in made if "machine" in one and "ceilings" in one]
+    """Every GPU's result in a folder, by name. Raises ValueError for a file that holds no JSON."""
+    made = []
+    for file in sorted(folder.glob("*.json")):
+        try:
+            made.append(json.loads(file.read_text()))
+        except ValueError as error:
+            raise ValueError(f"{file} holds no JSON: {error}") from error
+    return [one for one in made if isinstance(one, dict) and "machine" in one and "ceilings" in one]

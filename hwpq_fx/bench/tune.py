@@ -120,6 +120,9 @@ def tune(context: click.Context, models: tuple[str, ...], quick: bool, as_json: 
         context.exit(1)
     for one in refused:
         click.echo(one, err=True)
+    if not file.exists():
+        click.echo("no kernel was right at any size: there is no table", err=True)
+        context.exit(1)
     say(f"written to {file}")
     if as_json:
         click.echo(file.read_text())
