@@ -74,10 +74,9 @@ def compile_all(archs: Sequence[int], name: str | None = None) -> list[Finding]:
 
 
 def _console() -> Console:
-    """A file or a pipe has no width: the tables' own."""
+    """As wide as the tables: a pipe has no width, and a narrow terminal may break lines, but is not to cut numbers."""
     console = Console()
-    if not console.is_terminal:
-        console.width = 150
+    console.width = max(console.width, 100) if console.is_terminal else 150
     return console
 
 

@@ -554,9 +554,9 @@ def test_for_one_process():
     model(Toy.batches(1)[0])
     with pytest.raises(ConfigError, match="sequential is for one process"):
         convert(model, group=object())
-    assert "forward" not in vars(model) and not hasattr(model, "_hwpq_prepared")
+    assert report(convert(model)).converted
     with pytest.raises(ConfigError, match="sequential is for one process"):
-        convert(model, Toy.batches(1), IN_ORDER, group=object())
+        convert(Toy(), Toy.batches(1), IN_ORDER, group=object())
 
 
 def test_without_calibration():

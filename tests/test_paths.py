@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hwpq_fx.kernels import Float8Sparse24Tensor, linear24, packed, paths, quantize_rows, table
+from hwpq_fx.kernels import Float8Sparse24Tensor, linear24, packed, packed_products, paths, quantize_rows, table
 from hwpq_fx.kernels.paths import EITHER, FP8, HP, PATHS, Target, best_layout, choose, describe
 from hwpq_fx.kernels.table import DEFAULT, Table
 from hwpq_fx.passes import lower
@@ -114,7 +114,7 @@ def as_gpu(monkeypatch):
                 inline=None,
             ),
         )
-    for module in (paths, packed):
+    for module in (paths, packed, packed_products):
         monkeypatch.setattr(module, "target_of", lambda device: HOPPER)
     monkeypatch.setattr(table, "user_table_file", lambda device: table.Path("/nowhere"))
     return ran
@@ -156,7 +156,7 @@ def test_op_runs_what_was_chosen(as_gpu, shape):
 def test_eager_product_quantizes_only_what_needs_it(as_gpu, monkeypatch):
     weight, dense = weight_and_reference()
     given = []
-    monkeypatch.setattr(packed, "linear24", lambda *args: given.append(args) or linear24(*args))
+    monkeypatch.setattr(packed_products, "linear24", lambda *args: given.append(args) or linear24(*args))
     for rows in (4, 100):
         x = torch.randn(rows, 64, requires_grad=True)
         F.linear(x, weight).sum().backward()

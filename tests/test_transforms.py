@@ -40,9 +40,8 @@ TAKEN = {
 }
 
 
-@pytest.mark.parametrize("how", COMPILED)
+@pytest.mark.parametrize(("how", "layout"), [*((how, "fastest") for how in COMPILED), ("eager", "packed")])
 @pytest.mark.parametrize("taken", TAKEN)
-@pytest.mark.parametrize("layout", ["fastest", "packed"])
 def test_they_are_those_of_the_dense_weights(taken, how, layout):
     packed, dense = pair("none", layout)
     x = torch.randn(5, 16)
