@@ -112,16 +112,12 @@ def convert(
     `hwpq_fx.report(model)` tells what was done to each layer.
     """
     module = _module_of(model)
-    if plan is not None and not isinstance(plan, Plan):
-        raise TypeError(f"plan is {type(plan).__name__}, not what hwpq_fx.plan gives or Plan.load reads")
     prepared = module.__dict__.get(PREPARED)
     if prepared is not None and config is not None:
         raise ModelError("a prepared model has its config already: give it to prepare(), not to convert()")
     config = _checked(module, config if prepared is None else prepared.config)
-    if plan is not None and config.sparsity != "2:4":
-        raise ConfigError(f'a plan is for sparsity "2:4", not {config.sparsity!r}')
-    if plan is not None:  # before calibration, which takes long
-        _check_plan(plan, {layer.name: tuple(layer.parameter.shape) for layer in layers_of(module)}, turned=True)
+    if plan is not None:
+        _check_plan_for(module, plan, config)
     if group is not None and config.sequential:
         raise ConfigError("sequential is for one process: the layers are converted where all batches are")
     if prepared is None:
@@ -320,6 +316,15 @@ def _compress_all(
         siblings = calibration.recorder.siblings() if calibration else set()
         new_weights = [(one, fast(made[one.name], config, id(one.parameter) in siblings)) for one, _, _ in chosen]
     return new_weights, report
+
+
+def _check_plan_for(module: nn.Module, plan: Plan, config: HWPQConfig) -> None:
+    """Raise TypeError or ConfigError for what can be told before calibration, which takes long."""
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan is {type(plan).__name__}, not what hwpq_fx.plan gives or Plan.load reads")
+    if config.sparsity != "2:4":
+        raise ConfigError(f'a plan is for sparsity "2:4", not {config.sparsity!r}')
+    _check_plan(plan, {layer.name: tuple(layer.parameter.shape) for layer in layers_of(module)}, turned=True)
 
 
 def _check_plan(plan: Plan, shapes: Mapping[str, tuple[int, ...]], turned: bool = False) -> None:
