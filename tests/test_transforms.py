@@ -43,6 +43,8 @@ TAKEN = {
 @pytest.mark.parametrize(("how", "layout"), [*((how, "fastest") for how in COMPILED), ("eager", "packed")])
 @pytest.mark.parametrize("taken", TAKEN)
 def test_they_are_those_of_the_dense_weights(taken, how, layout):
+    if taken == "jacrev" and how != "eager" and torch.__version__ < "2.12":
+        pytest.skip("Inductor of torch 2.11 gives zeros, for dense layers as well")
     packed, dense = pair("none", layout)
     x = torch.randn(5, 16)
     found = COMPILED[how](lambda x: TAKEN[taken](packed, x))(x)
