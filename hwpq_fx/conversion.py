@@ -44,6 +44,7 @@ from .plan import (
     Plan,
     PlannedLayer,
     check_gpu,
+    check_sparsity,
     check_status,
     decide,
     mark_outliers,
@@ -215,8 +216,7 @@ def plan(
     if PREPARED in module.__dict__:
         raise ModelError("the model is prepared for convert(): plan() runs its own batches, on a model that is not")
     config = _checked(module, config)
-    if config.sparsity != "2:4":
-        raise ConfigError(f'a plan is for sparsity "2:4", not {config.sparsity!r}')
+    check_sparsity(config.sparsity)
     check_gpu(gpu)
     prepared = _Prepared(replace(config, sequential=False), None)
     if calib is not None:
@@ -322,8 +322,7 @@ def _check_plan_for(module: nn.Module, plan: Plan, config: HWPQConfig) -> None:
     """Raise TypeError or ConfigError for what can be told before calibration, which takes long."""
     if not isinstance(plan, Plan):
         raise TypeError(f"plan is {type(plan).__name__}, not what hwpq_fx.plan gives or Plan.load reads")
-    if config.sparsity != "2:4":
-        raise ConfigError(f'a plan is for sparsity "2:4", not {config.sparsity!r}')
+    check_sparsity(config.sparsity)
     _check_plan(plan, {layer.name: tuple(layer.parameter.shape) for layer in layers_of(module)}, turned=True)
 
 

@@ -31,7 +31,7 @@ def export(model: Any, directory: str | os.PathLike[str], format: str = "dense",
     """
     from transformers import PreTrainedModel
 
-    from .transformers_quantizer import configs_in
+    from .transformers_quantizer import forget_quantization
 
     if format not in FORMATS:
         raise ConfigError(f"format {format!r} is not known; choose one of {', '.join(map(repr, FORMATS))}")
@@ -42,8 +42,7 @@ def export(model: Any, directory: str | os.PathLike[str], format: str = "dense",
     if not packed:
         raise ModelError("the model holds no converted weight")
     config = copy.deepcopy(model.config)
-    for part in configs_in(config):
-        vars(part).pop("quantization_config", None)  # none after quantize_
+    forget_quantization(config)
     if format == "fp8":
         config.quantization_config = _compressed_tensors(model, packed)
     tensors = model.state_dict()

@@ -126,16 +126,15 @@ def check_convertible(model: nn.Module) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("a TorchScript module cannot be traced by Dynamo: convert the nn.Module it was made from")
     for name, module in model.named_modules():
+        where = f"module {name!r}" if name else "the model"
         if module.training:
-            where = f"module {name!r}" if name else "the model"
             raise ModelError(f"{where} is in training mode: call model.eval() before converting")
         if OBSERVER in vars(module):
             raise ModelError(f'{name or "it"} was prepared by quantize_: finish with quantize_ and step="convert"')
-        if sharded(module):
-            where = f"module {name!r}" if name else "the model"
+        if _sharded(module):
             raise ModelError(f"{where} is sharded by FSDP: convert before it is sharded (or wrapped) for training")
     for name, parameter in model.named_parameters():
-        if distributed(parameter):
+        if _distributed(parameter):
             raise ModelError(f"{name} is a DTensor: convert before the model is cut for several devices")
         if isinstance(parameter, TorchAOBaseTensor):
             raise ModelError(
@@ -148,13 +147,13 @@ def check_convertible(model: nn.Module) -> None:
             raise ModelError(f"{name} is on the meta device and holds no weights: load the model before converting")
 
 
-def sharded(module: nn.Module) -> bool:
+def _sharded(module: nn.Module) -> bool:
     """Whether FSDP, 1 or 2, manages its parameters: what is put in their place it takes away again."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel))
 
 
-def distributed(parameter: nn.Parameter) -> bool:
+def _distributed(parameter: nn.Parameter) -> bool:
     tensor = sys.modules.get("torch.distributed.tensor")
     return tensor is not None and isinstance(parameter, tensor.DTensor)
 

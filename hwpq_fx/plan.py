@@ -76,7 +76,7 @@ class Plan:
     @property
     def error(self) -> float:
         """Summed over the layers."""
-        return sum(layer.error for layer in self.layers)
+        return summed_error(self.layers)
 
     @property
     def speedup(self) -> float:
@@ -195,6 +195,10 @@ def check_status(layer: PlannedLayer) -> None:
         raise ConfigError(f"the plan makes {layer.name} {layer.status!r}; it can be {possible}")
 
 
+def summed_error(layers: Iterable[PlannedLayer]) -> float:
+    return sum(layer.error for layer in layers)
+
+
 def speedup(layers: Iterable[PlannedLayer]) -> float:
     layers = list(layers)
     planned = sum(layer.microseconds[layer.status] for layer in layers)
@@ -248,6 +252,12 @@ def times_of(
     return found, f"the roofline model of {GPUS[gpu].name}"
 
 
+def check_sparsity(sparsity: str | float) -> None:
+    """Raise ConfigError for one that has no plan."""
+    if sparsity != "2:4":
+        raise ConfigError(f'a plan is for sparsity "2:4", not {sparsity!r}')
+
+
 def check_gpu(gpu: str) -> None:
     """Raise ConfigError for a GPU that is not known."""
     if gpu not in GPUS:
@@ -297,8 +307,8 @@ def decide(layers: Sequence[PlannedLayer], max_loss: float | None, min_speedup: 
         if reached or layer.status != move.before:  # a later step builds on the one before it
             continue
         layer.status = move.status
-        # added up as `Plan.error` does it: in another order the same errors may come out above the bound
-        if max_loss is not None and sum(one.error for one in layers) > max_loss:
+        # as `Plan.error`: added up in another order the same errors may come out above the bound
+        if max_loss is not None and summed_error(layers) > max_loss:
             layer.status = move.before
             continue
         reached = min_speedup is not None and speedup(layers) >= min_speedup

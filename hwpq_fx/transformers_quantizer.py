@@ -134,7 +134,7 @@ class HWPQQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """What `save_pretrained` writes; brings the config, which it writes next, up to date."""
         flat, self.quantization_config.layers = split(model.state_dict(), model.dtype)
-        for config in configs_in(model.config):  # a part that was saved alone shares it, or has one of its own in it
+        for config in _configs_in(model.config):  # a part that was saved alone shares it, or has one of its own in it
             config.quantization_config = self.quantization_config
         made = model.__dict__.get(ATTRIBUTE)
         return flat, {} if made is None else {REPORT: json.dumps(made.to_dict())}
@@ -148,8 +148,7 @@ class HWPQQuantizer(HfQuantizer):
                     owner.register_parameter(name, nn.Parameter(weight.dequantize().to(dtype or weight.dtype)))
         model.__dict__.pop(ATTRIBUTE, None)
         self.remove_quantization_config(model)
-        for config in configs_in(model.config):
-            vars(config).pop("quantization_config", None)
+        forget_quantization(model.config)
         return model
 
     def is_serializable(self) -> bool:
@@ -186,12 +185,18 @@ def attach_missing(model: nn.Module) -> None:
             _attach(found, known.config if isinstance(known, HWPQTransformersConfig) else HWPQConfig())
 
 
-def configs_in(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+def forget_quantization(config: PreTrainedConfig) -> None:
+    """Make it that of a dense model."""
+    for part in _configs_in(config):
+        vars(part).pop("quantization_config", None)  # none after quantize_
+
+
+def _configs_in(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
     """A model's config and those of its parts: CLIPTextModel reads a CLIPModel's checkpoint, and that part's config."""
     yield config
     for name in config.sub_configs:
         if (part := getattr(config, name, None)) is not None:
-            yield from configs_in(part)
+            yield from _configs_in(part)
 
 
 def _models_in(model: nn.Module) -> Iterator[PreTrainedModel]:

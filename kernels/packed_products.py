@@ -43,13 +43,11 @@ def packed_linear(x: torch.Tensor, weight: Float8Sparse24Tensor, bias: torch.Ten
 def _followed(x: torch.Tensor, weight: Float8Sparse24Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """The same in ops that torch.func and forward mode know, with the dense weight; straight through the rounding of
     the activations, as `linear24`'s own derivative is."""
+    if weight.activation == "dynamic":
+        values, scale = quantize_rows(x.detach())
+        x = x + (values.to(x.dtype) * scale.to(x.dtype) - x).detach()
     dense = weight.dequantize(x.dtype)
-    y = F.linear(x, dense.t() if weight.transposed else dense, bias)
-    if weight.activation == "none":
-        return y
-    values, scale = quantize_rows(x.detach())
-    rounded = F.linear(values.to(x.dtype) * scale.to(x.dtype) - x.detach(), dense.t() if weight.transposed else dense)
-    return y + rounded.detach()
+    return F.linear(x, dense.t() if weight.transposed else dense, bias)
 
 
 def fits_hp(weight: Float8Sparse24Tensor, dtype: torch.dtype) -> bool:
