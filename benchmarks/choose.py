@@ -58,7 +58,7 @@ def compile_seconds() -> float:
 @click.option("--threads", default=torch.get_num_threads(), show_default=True)
 @click.option("--rows", default=4096, show_default=True)
 @click.option("--cols", default=4096, show_default=True)
-@click.option("--runs", default=15, show_default=True)
+@click.option("--runs", default=15, show_default=True, type=click.IntRange(2))
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "choose.json", show_default=True)
 def main(threads: int, rows: int, cols: int, runs: int, out: Path) -> None:
     """Measure and write the JSON."""

@@ -79,7 +79,7 @@ def observing_cost(minilm: MiniLM, curvature_bytes: int | None, runs: int) -> di
 
 @click.command()
 @click.option("--threads", default=torch.get_num_threads(), show_default=True)
-@click.option("--runs", default=60, show_default=True)
+@click.option("--runs", default=60, show_default=True, type=click.IntRange(2))
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "cpu.json", show_default=True)
 def main(threads: int, runs: int, out: Path) -> None:
     """Measure and write the JSON."""

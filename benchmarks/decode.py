@@ -117,7 +117,7 @@ def contest(hidden: int, layers: int, vocabulary: int, runs: int) -> dict[str, A
 @click.option("--hidden", default=1024, show_default=True)
 @click.option("--layers", default=12, show_default=True)
 @click.option("--vocabulary", default=32000, show_default=True)
-@click.option("--runs", default=100, show_default=True)
+@click.option("--runs", default=100, show_default=True, type=click.IntRange(2))
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "decode.json", show_default=True)
 def main(threads: int, hidden: int, layers: int, vocabulary: int, runs: int, out: Path) -> None:
     """Measure and write the JSON."""

@@ -144,8 +144,8 @@ class HWPQConfig(AOBaseConfig):
             value = getattr(self, name)
             if name == "curvature_bytes" and value is None:
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ConfigError(f"{name} {value!r} is not a whole number of at least {least}")
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**63:
+                raise ConfigError(f"{name} {value!r} is not a whole number of at least {least} and below 2**63")
         for name in ("mean_rate", "dev_rate"):
             if not _in_open_unit(getattr(self, name)):
                 raise ConfigError(f"{name} {getattr(self, name)!r} is not a number in (0, 1)")

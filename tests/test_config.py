@@ -119,6 +119,7 @@ def test_fields_reach_json_one_by_one(name):
         ("max_loss", True, "max_loss True"),
         ("min_speedup", 0.5, "min_speedup 0.5 is neither None nor a number of at least 1"),
         ("typical_rows", 0, "typical_rows 0"),
+        ("typical_rows", 2**63, "is not a whole number of at least 1 and below 2\\*\\*63"),
         ("layout", "dense", "layout 'dense' is not known; choose one of 'fastest', 'packed'"),
         (
             "packing_format",
