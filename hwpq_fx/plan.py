@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hwpq_fx.kernels.ewma import ewma
+from hwpq_fx.kernels.ewma import DEV_RATE, MEAN_RATE
 from hwpq_fx.kernels.gpus import GPUS
 from hwpq_fx.kernels.paths import PATHS, target_of
 from hwpq_fx.kernels.roofline import DENSE_FP8, OURS, OURS_16BIT, floor
@@ -31,6 +31,8 @@ FORMAT = 1
 DEFAULT_GPU = "h100"
 # RFC 6298 takes the mean and four deviations for more than is usual.
 OUTLIER_DEVIATIONS = 4
+# Of the mean: among layers that are nearly equal, a few percent more are no reason to stay dense.
+LEAST_DEVIATION = 1 / 10
 
 
 @dataclass
@@ -266,20 +268,28 @@ def check_gpu(gpu: str) -> None:
 
 def mark_outliers(layers: Sequence[PlannedLayer]) -> None:
     """Note as outlier each layer whose 2:4 error is above the moving mean of its like (the same last part of the name,
-    in the blocks before it) by more than four moving deviations. The mean starts at the median of its like: the first
-    block may be the one that is out of the ordinary."""
+    in the blocks before it) by more than four moving deviations, and by two fifths of that mean at least.
+
+    Mean and deviation move as in RFC 6298 (see `ewma`). The mean starts at the median of its like: the first block may
+    be the one that is out of the ordinary. An outlier does not hide the next one: it leaves the deviation as it is,
+    and moves the mean no more than an error at the threshold would, so that where errors are higher from some block
+    on, the mean gets there.
+    """
     kinds: dict[str, list[PlannedLayer]] = {}
     for layer in layers:
         if SPARSE in layer.errors:
             kinds.setdefault(layer.name.rpartition(".")[2], []).append(layer)
     for alike in kinds.values():
-        found = [layer.errors[SPARSE] for layer in alike]
-        errors = torch.tensor([[median(found), *found]], dtype=torch.float32, device="cpu")
-        mean, dev = ewma(errors)
-        unusual = (errors > mean + OUTLIER_DEVIATIONS * dev)[0, 1:]
-        for layer, is_outlier in zip(alike, unusual.tolist(), strict=True):
-            if is_outlier:
+        mean = median(layer.errors[SPARSE] for layer in alike)
+        dev = mean / 2
+        for layer in alike:
+            most = OUTLIER_DEVIATIONS * max(dev, LEAST_DEVIATION * mean)
+            above = layer.errors[SPARSE] - mean
+            if above > most:
                 layer.reason = "outlier"
+            else:
+                dev += DEV_RATE * (abs(above) - dev)
+            mean += MEAN_RATE * min(above, most)
 
 
 def decide(layers: Sequence[PlannedLayer], max_loss: float | None, min_speedup: float | None) -> list[Point]:

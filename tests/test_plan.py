@@ -118,6 +118,29 @@ def test_outliers_are_told_among_their_like():
     mark_outliers([PlannedLayer("x", (8, 8), {DENSE: 0}, {DENSE: 1})])
 
 
+def outliers(*values):
+    layers = [PlannedLayer(f"{i}.up", (8, 8), {DENSE: 0, SPARSE: value}, {}) for i, value in enumerate(values)]
+    mark_outliers(layers)
+    return [i for i, layer in enumerate(layers) if layer.reason]
+
+
+def test_an_outlier_hides_no_other():
+    assert outliers(*[0.1] * 2, 1.0, 1.0, *[0.1] * 8) == [2, 3]
+    assert outliers(*[0.1] * 2, 0.5, 0.5, 0.5, *[0.1] * 7) == [2, 3, 4]
+    assert outliers(1.0, 1.0, *[0.1] * 10) == [0, 1]
+    assert outliers(*[0.1] * 20, *[0.5] * 6, *[0.1] * 6) == [*range(20, 26)]
+
+
+def test_what_is_no_outlier():
+    assert outliers(*[0.2] * 16, *[0.21] * 16) == []
+    assert outliers(*[0.2] * 16, *[0.27] * 16) == []
+    assert outliers(*[0.2] * 20, 0.2004, *[0.2] * 11) == []
+    assert outliers(*(0.1 + 0.01 * i for i in range(24))) == []
+    assert outliers(*[0.0] * 8) == []
+    # where errors are higher from some block on, the mean gets there
+    assert outliers(*[0.2] * 16, *[0.3] * 16) == [16]
+
+
 class Mlp(nn.Module):
     def __init__(self):
         super().__init__()
