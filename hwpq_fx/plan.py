@@ -297,32 +297,64 @@ def decide(layers: Sequence[PlannedLayer], max_loss: float | None, min_speedup: 
 
     From all dense, the step with the least error for a microsecond saved is taken first; a step makes a dense layer FP8
     or 2:4, or an FP8 layer 2:4 (or the other way, where that is faster). Steps that would take the summed error above
-    `max_loss` are passed over; with `min_speedup` they end once it is reached. With neither, every step is taken.
+    `max_loss` are passed over, and what is left of it may do for a smaller step of the same layer. With `min_speedup`
+    they end once it is reached, and those that turn out not to be needed are taken back, the dearest first: then no
+    layer can have less error without falling short. With neither, every step is taken.
     """
+    free = [layer for layer in layers if layer.reason == ""]
+    steps = [move for layer in free for move in _moves(layer)]
+    smaller = [move for layer in free for move in _passed_over(layer)]
+    moves = sorted(steps + smaller, key=lambda move: move.price)
+    # what `min_speedup` takes may be within `max_loss` in the end, though steps on the way to it were not
+    for bound in dict.fromkeys((None, max_loss)):
+        _choose(layers, moves, bound, min_speedup)
+        if max_loss is None or summed_error(layers) <= max_loss:
+            break
+    return _frontier(layers, sorted(steps, key=lambda move: move.price))
+
+
+def _choose(
+    layers: Sequence[PlannedLayer], moves: Sequence[_Move], max_loss: float | None, min_speedup: float | None
+) -> None:
     for layer in layers:
         layer.status = DENSE
-    free = [layer for layer in layers if layer.reason == ""]
-    moves = [move for layer in free for move in _moves(layer)]
-    moves.sort(key=lambda move: move.price)
-    before = sum(layer.microseconds[DENSE] for layer in layers)
-    now, multiplications = before, max(1, sum(layer.shape[0] * layer.shape[1] for layer in layers))
-    sparse, frontier, reached = 0, [Point(1.0, 0.0, 0.0)], min_speedup is not None and min_speedup <= 1
-    frontier_error = 0.0  # the frontier goes on, whatever the bounds
+    taken: list[_Move] = []
     for move in moves:
+        if min_speedup is not None and speedup(layers) >= min_speedup:
+            break
         layer = move.layer
-        frontier_error += move.error
-        now -= move.saved
-        sparse += layer.shape[0] * layer.shape[1] * ((move.status == SPARSE) - (move.before == SPARSE))
-        frontier.append(Point(before / now, frontier_error, sparse / multiplications))
-        if reached or layer.status != move.before:  # a later step builds on the one before it
+        if layer.status != move.before:  # a later step builds on the one before it
             continue
         layer.status = move.status
         # as `Plan.error`: added up in another order the same errors may come out above the bound
         if max_loss is not None and summed_error(layers) > max_loss:
             layer.status = move.before
+        else:
+            taken.append(move)
+    if min_speedup is None:
+        return
+    for move in reversed(taken):
+        layer, least = move.layer, move.layer.errors[move.before]
+        if layer.status != move.status:
             continue
-        reached = min_speedup is not None and speedup(layers) >= min_speedup
-    return frontier
+        for status in sorted(layer.errors, key=layer.errors.__getitem__):
+            if least <= layer.errors[status] <= layer.errors[move.status]:
+                layer.status = status
+                if status == move.status or speedup(layers) >= min_speedup:
+                    break
+
+
+def _frontier(layers: Sequence[PlannedLayer], steps: Sequence[_Move]) -> list[Point]:
+    """Where all of the steps lead, whatever the bounds."""
+    before = now = sum(layer.microseconds[DENSE] for layer in layers)
+    multiplications = max(1, sum(layer.shape[0] * layer.shape[1] for layer in layers))
+    error, sparse, points = 0.0, 0, [Point(1.0, 0.0, 0.0)]
+    for step in steps:
+        error += step.error
+        now -= step.saved
+        sparse += step.layer.shape[0] * step.layer.shape[1] * ((step.status == SPARSE) - (step.before == SPARSE))
+        points.append(Point(before / now, error, sparse / multiplications))
+    return points
 
 
 class _Move(NamedTuple):
@@ -340,14 +372,21 @@ class _Move(NamedTuple):
 def _moves(layer: PlannedLayer) -> list[_Move]:
     """The steps of a layer that save time, each dearer than the one before: the lower hull of error over time saved."""
     moves: list[_Move] = []
-    at = DENSE
-    while True:
-        steps = [
-            _Move(layer, at, status, layer.errors[status] - layer.errors[at], saved)
-            for status in (FP8, SPARSE)
-            if status in layer.errors and (saved := layer.microseconds[at] - layer.microseconds[status]) > 0
-        ]
-        if not steps:
-            return moves
+    while steps := _steps(layer, moves[-1].status if moves else DENSE):
         moves.append(min(steps, key=lambda move: move.price))
-        at = moves[-1].status
+    return moves
+
+
+def _passed_over(layer: PlannedLayer) -> list[_Move]:
+    """What a dense layer could be instead of what the hull makes of it at once, at less error and a higher price."""
+    hull = [move.status for move in _moves(layer)]
+    return [move for move in _steps(layer, DENSE) if move.status not in hull]
+
+
+def _steps(layer: PlannedLayer, at: str) -> list[_Move]:
+    """All that save time over status `at`."""
+    return [
+        _Move(layer, at, status, layer.errors[status] - layer.errors[at], saved)
+        for status in (FP8, SPARSE)
+        if status in layer.errors and (saved := layer.microseconds[at] - layer.microseconds[status]) > 0
+    ]

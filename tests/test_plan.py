@@ -41,20 +41,50 @@ def test_bound_is_never_exceeded(layers, bound):
     assert all(layer.microseconds[layer.status] <= layer.microseconds[DENSE] for layer in layers)
 
 
-@given(planned_layers(), st.floats(1, 3))
+def statuses(layers):
+    return [layer.status for layer in layers]
+
+
+@given(planned_layers(), st.floats(0, 4))
 @settings(max_examples=200, deadline=None)
-def test_no_more_than_the_speedup_takes(layers, wanted):
-    decide(layers, None, None)
+def test_what_fits_the_bound_is_not_left_dense(layers, bound):
+    decide(layers, bound, None)
+    total = sum(layer.error for layer in layers)
+    for layer in layers:
+        if layer.status == DENSE:
+            faster = [status for status, time in layer.microseconds.items() if time < layer.microseconds[DENSE]]
+            assert all(total + layer.errors[status] > bound - 1e-9 for status in faster)
+
+
+@given(planned_layers(), st.floats(0, 4) | st.none(), st.floats(1, 3))
+@settings(max_examples=200, deadline=None)
+def test_no_more_than_the_speedup_takes(layers, bound, wanted):
+    decide(layers, bound, None)
     most = Plan(layers, 1, "").speedup
-    everything = [layer.status for layer in layers]
-    frontier = decide(layers, None, wanted)
-    plan = Plan(layers, 1, "", frontier)
-    assert plan.speedup >= min(wanted, most) - 1e-9
-    if plan.speedup > wanted + 1e-9 and [layer.status for layer in layers] != everything:
-        # without its last step it would fall short
-        steps = [(p.speedup, p.error) for p in frontier]
-        at = min(range(len(steps)), key=lambda i: abs(steps[i][0] - plan.speedup) + abs(steps[i][1] - plan.error))
-        assert at == 0 or steps[at - 1][0] < wanted + 1e-9
+    decide(layers, bound, wanted)
+    plan = Plan(layers, 1, "")
+    assert plan.speedup >= wanted or bound is not None or plan.speedup == most
+    assert bound is None or plan.error <= bound
+    if plan.speedup < wanted:
+        return
+    for layer in layers:  # less error in any of them would fall short
+        had = layer.status
+        for status in layer.errors:
+            layer.status = status
+            assert layer.errors[status] >= layer.errors[had] or plan.speedup < wanted
+        layer.status = had
+
+
+@given(planned_layers(), st.floats(0, 4), st.floats(1, 3))
+@settings(max_examples=200, deadline=None)
+def test_the_error_of_a_plan_as_its_bound(layers, bound, wanted):
+    for bounds in ((bound, None), (None, wanted)):
+        decide(layers, *bounds)
+        before = statuses(layers)
+        decide(layers, *bounds)
+        assert statuses(layers) == before
+        decide(layers, Plan(layers, 1, "").error, bounds[1])
+        assert statuses(layers) == before
 
 
 @given(planned_layers())
@@ -95,6 +125,28 @@ def test_fp8_comes_between():
     assert [point.error for point in decide([layer], None, None)] == pytest.approx([0, 0.02, 0.3])
     layer.errors[FP8] = 0.29  # not worth a stop
     assert [point.error for point in decide([layer], None, None)] == pytest.approx([0, 0.3])
+
+
+def test_steps_that_a_later_one_made_needless_are_taken_back():
+    a = PlannedLayer("a", (8, 8), {DENSE: 0.0, SPARSE: 0.1}, {DENSE: 10.0, SPARSE: 9.0})
+    b = PlannedLayer("b", (8, 8), {DENSE: 0.0, SPARSE: 1.2}, {DENSE: 100.0, SPARSE: 90.0})
+    for bound in (None, 1.2):  # `a` and `b` at once would be above it
+        decide([a, b], bound, 1.09)
+        assert (a.status, b.status) == (DENSE, SPARSE)
+    decide([a, b], None, 1.11)
+    assert (a.status, b.status) == (SPARSE, SPARSE)
+    # where less of a step will do
+    b.errors[FP8], b.microseconds[FP8] = 1.15, 91.0
+    decide([a, b], None, 1.08)
+    assert (a.status, b.status) == (DENSE, FP8)
+
+
+def test_where_one_step_does_not_fit_a_smaller_one_may():
+    layer = PlannedLayer("x", (8, 8), {DENSE: 0.0, FP8: 0.03, SPARSE: 0.2}, {DENSE: 10.0, FP8: 9.0, SPARSE: 3.0})
+    for bound, status in ((0.02, DENSE), (0.1, FP8), (0.2, SPARSE), (None, SPARSE)):
+        frontier = decide([layer], bound, None)
+        assert layer.status == status
+        assert [point.error for point in frontier] == pytest.approx([0, 0.2])
 
 
 def test_outliers_are_told_among_their_like():
