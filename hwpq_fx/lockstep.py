@@ -127,7 +127,7 @@ def _observe(lanes: list[_Lane], number: int, jobs: list[_Job], config: HWPQConf
     for lane in lanes:
         dense, x = (steps.advance(lane.stages[number]) for steps in (lane.dense, lane.converted))
         seen = seen or _Seen(x, jobs, pulled, config.curvature_bytes)
-        keep = lane.call.rows_to_keep(x)
+        keep = lane.call.rows_to_keep(x, lane.stages[number].sequence_first)
         seen.statistics.update(x, keep, lane.call.number)
         if seen.cross is None:
             continue

@@ -58,11 +58,13 @@ class Call(NamedTuple):
     number: int = -1
     masks: tuple[torch.Tensor, ...] = ()
 
-    def rows_to_keep(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Of an input [..., K]: bool [rows], or None where all of them count."""
-        for keep in self.masks:
-            if x.shape[:-1] == keep.shape or (x.dim() == 2 and x.shape[0] == keep.numel()):
-                return keep.flatten().to(x.device)
+    def rows_to_keep(self, x: torch.Tensor, sequence_first: bool = False) -> torch.Tensor | None:
+        """Of an input [..., K]: bool [rows], or None where all of them count. sequence_first: of tokens [B, L] it has
+        the rows in the order of [L, B]; or of [B, L] where that is its shape: tokens may have come as [L, B]."""
+        for mask in self.masks:
+            for keep in (mask.t(), mask) if sequence_first else (mask,):
+                if x.shape[:-1] == keep.shape or (x.dim() == 2 and x.shape[0] == keep.numel()):
+                    return keep.flatten().to(x.device)
         return None
 
 
@@ -89,8 +91,14 @@ class CalibrationRecorder:
                 kept[mask.shape] = keep | kept[mask.shape].to(keep.device) if mask.shape in kept else keep
         self.call = Call(self.calls - 1, tuple(keep for keep in kept.values() if not bool(keep.all())))
 
-    def observe(self, x: torch.Tensor, weights: tuple[torch.Tensor, ...], uses: tuple[Use, ...]) -> None:
-        """Add an input that all these weights multiply."""
+    def observe(
+        self,
+        x: torch.Tensor,
+        weights: tuple[torch.Tensor, ...],
+        uses: tuple[Use, ...],
+        sequence_first: bool = False,
+    ) -> None:
+        """Add an input that all these weights multiply; the order of its rows as in `Call.rows_to_keep`."""
         key = tuple((id(weight), use) for weight, use in zip(weights, uses, strict=True))
         statistics = self._inputs.get(key)
         if statistics is None:
@@ -99,7 +107,7 @@ class CalibrationRecorder:
             statistics = self._inputs[key] = InputStatistics(x.shape[-1], x.device, curvature)
             for weight, use in zip(weights, uses, strict=True):
                 self.uses.setdefault(id(weight), {}).setdefault(use, []).append(statistics)
-        statistics.update(x, self.call.rows_to_keep(x), self.call.number)
+        statistics.update(x, self.call.rows_to_keep(x, sequence_first), self.call.number)
 
     def restart(self, curvature_bytes: int | None) -> None:
         """Forget all inputs, for the same calls to be observed once more."""

@@ -17,6 +17,7 @@ from torch import fx
 from torch._subclasses import FakeTensor
 
 from .inline import inline_attention
+from .order import sequence_first
 from .products import on_the_left, products
 from .values import copy_of, leaves, memory, memory_of, op_name, value_of
 
@@ -41,7 +42,13 @@ class Use(NamedTuple):
 class Recorder(Protocol):
     """What the observer nodes call. `tensors` are parameters, the objects the model holds."""
 
-    def observe(self, x: torch.Tensor, weights: tuple[torch.Tensor, ...], uses: tuple[Use, ...]) -> None: ...
+    def observe(
+        self,
+        x: torch.Tensor,
+        weights: tuple[torch.Tensor, ...],
+        uses: tuple[Use, ...],
+        sequence_first: bool = False,
+    ) -> None: ...
 
     def block(self, weight: torch.Tensor, reason: str) -> None: ...
 
@@ -51,8 +58,8 @@ class _Observer(torch.nn.Module):
         super().__init__()
         self.recorder = recorder
 
-    def forward(self, x, weights, uses):
-        self.recorder.observe(x, weights, uses)
+    def forward(self, x, weights, uses, sequence_first=False):
+        self.recorder.observe(x, weights, uses, sequence_first)
 
 
 class Observed(NamedTuple):
@@ -81,13 +88,14 @@ def observe(gm: fx.GraphModule, recorder: Recorder) -> Observed:
             by_input.setdefault((product.x, product.epoch), []).append((weight, use, product.node))
             served.add((product.weight, product.node))
 
+    turned = sequence_first(graph, {x for x, _ in by_input})
     observed = fx.GraphModule(gm, graph)
     observed.add_submodule(OBSERVER, _Observer(recorder))
     for (x, _), users in by_input.items():
         unique = dict.fromkeys((weight, use) for weight, use, _ in users)
         weights, uses = zip(*unique, strict=True)
         with graph.inserting_before(users[0][2]):
-            graph.call_module(OBSERVER, (x, weights, uses))
+            graph.call_module(OBSERVER, (x, weights, uses), {"sequence_first": True} if x in turned else {})
 
     same_memory = defaultdict(list)
     for node in graph.nodes:

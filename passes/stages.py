@@ -33,6 +33,8 @@ class Stage(NamedTuple):
     residuals: dict[int, tuple[fx.Node, ...]]
     autocast: bool
     """Whether the graph is inside an autocast region there."""
+    sequence_first: bool
+    """Of the input's rows, as the observer is told."""
 
 
 class Staged(NamedTuple):
@@ -68,7 +70,7 @@ def stages(observed: Observed) -> Staged:
                 uses.setdefault(place[weight], []).append(use)
                 multiplied = by_weight[memory_of(weight)]
                 residuals[place[weight]] = _residuals(multiplied[0], node, order) if len(multiplied) == 1 else ()
-            found.append(Stage(node, uses, residuals, regions > 0))
+            found.append(Stage(node, uses, residuals, regions > 0, "sequence_first" in node.kwargs))
     graph.lint()
     gm.recompile()
     return Staged(gm, found, _last_uses(graph))

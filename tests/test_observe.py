@@ -23,7 +23,7 @@ class Watch:
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.seen, self.blocked, self.before, self.after, self.graphs = [], {}, [], [], []
 
-    def observe(self, x, weights, uses):
+    def observe(self, x, weights, uses, sequence_first=False):
         self.seen.append((x.clone(), [self.names[id(weight)] for weight in weights], list(uses)))
 
     def block(self, weight, reason):

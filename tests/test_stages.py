@@ -12,7 +12,7 @@ WIDTH = 16
 
 
 class Nobody:
-    def observe(self, x, weights, uses):
+    def observe(self, x, weights, uses, sequence_first=False):
         pass
 
     def block(self, weight, reason):
