@@ -24,6 +24,8 @@ class SparseMma(NamedTuple):
     warps: int
     wide: bool
     """Whether x is loaded in pieces of 16 bytes, of which half is used."""
+    ahead: bool = False
+    """Whether a program first asks the L2 cache for all that it will read of the weight."""
 
 
 class Plain(NamedTuple):
@@ -39,7 +41,8 @@ def config(arch: int, m: int, n: int, k: int, dtype: torch.dtype) -> SparseMma |
     """For x [m, k] of `dtype` and W [n, k] on compute capability `arch` (90: sm_90).
 
     What hides the latency of memory is the number of warps that wait for it (a turn of one asks for 1.25 KiB): as
-    many as are resident at once with the registers they take, none left for a second round. More than 4 rows of x
+    many as are resident at once with the registers they take, none left for a second round. Where there is a second
+    round in any case, its programs had better not take long: twice the warps, half the turns. More than 4 rows of x
     would wait longer for the cache than for memory if every word were a load of its own.
     """
     if dtype is torch.float32 or k % TURN or n < TILE_N:
@@ -48,7 +51,18 @@ def config(arch: int, m: int, n: int, k: int, dtype: torch.dtype) -> SparseMma |
     warps = 32
     while warps > k // TURN or (warps > 4 and programs * warps > RESIDENT_WARPS):
         warps //= 2
-    return SparseMma(warps, m > 4)
+    return SparseMma(2 * warps if programs * warps > RESIDENT_WARPS and k >= 16 * TURN else warps, m > 4)
+
+
+def candidates(arch: int, m: int, n: int, k: int, dtype: torch.dtype) -> list[SparseMma | Plain]:
+    """Configs worth measuring for that product; the first is `config`'s."""
+    first = config(arch, m, n, k, dtype)
+    if isinstance(first, Plain):
+        return [first]
+    warps = [some for some in (4, 8, 16, 32) if some <= k // TURN]
+    both = (False, True)
+    others = [SparseMma(some, wide, ahead) for ahead in both for wide in both[m > 4 :] for some in warps]
+    return list(dict.fromkeys([first, *others]))
 
 
 def why_not(arch: int, dtype: torch.dtype, n: int, k: int) -> str:
@@ -74,8 +88,17 @@ def arguments(
     if isinstance(config, Plain):
         constants = {"K": k, "BIAS": bias, "BLOCK_N": config.block_n, "GROUPS": config.groups}
         return kernels.plain_kernel, constants, {"num_warps": config.warps}
-    constants = {"K": k, "BF16": dtype is torch.bfloat16, "BIAS": bias, "WARPS": config.warps, "WIDE": config.wide}
+    constants = {"K": k, "BF16": dtype is torch.bfloat16, "BIAS": bias}
+    constants |= {"WARPS": config.warps, "WIDE": config.wide, "AHEAD": config.ahead}
     return kernels.sparse_mma_kernel, constants, {"num_warps": config.warps}
+
+
+def product_cut(x, x_scale, qdata, sparse_metadata, scale, bias, out_dtype, cut: SparseMma | Plain):
+    """`gemv24`, cut as told; nothing is checked, x lies as the kernel reads it, and there is something to do. x_scale
+    is None, out_dtype that of x."""
+    y = x.new_empty((x.shape[0], qdata.shape[0]))
+    launch(x, qdata, sparse_metadata, scale, bias, y, cut)
+    return y
 
 
 def launch(
@@ -118,12 +141,12 @@ def gemv24(
     part is not contiguous.
     """
     _check(x, qdata, sparse_metadata, scale, bias)
-    y = x.new_empty((x.shape[0], qdata.shape[0]))
-    if y.numel():
-        x = x.contiguous()
-        x = x.clone() if x.storage_offset() % 8 else x  # read in pieces of 16 bytes
-        launch(x, qdata, sparse_metadata, scale, bias, y, _config(x, qdata, sparse_metadata))
-    return y
+    if not x.shape[0] or not qdata.shape[0]:
+        return x.new_empty((x.shape[0], qdata.shape[0]))
+    x = x.contiguous()
+    x = x.clone() if x.storage_offset() % 8 else x  # read in pieces of 16 bytes
+    cut = _config(x, qdata, sparse_metadata)
+    return product_cut(x, None, qdata, sparse_metadata, scale, bias, x.dtype, cut)
 
 
 @gemv24.register_fake

@@ -57,6 +57,25 @@ def _load1(address):
 
 
 @triton.jit
+def _ask(start, thread, BYTES: tl.constexpr, THREADS: tl.constexpr):
+    """Have BYTES from address `start` on brought to the L2 cache, without waiting. Gives 0, to be added to what is done
+    next: else it would be left out."""
+    LINES: tl.constexpr = BYTES // 128
+    zero = thread * 0
+    for turn in tl.static_range((LINES + THREADS - 1) // THREADS):
+        line = tl.minimum(thread + turn * THREADS, LINES - 1)
+        zero += tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1];\nmov.b32 $0, 0;",
+            "=r,l",
+            [start + line * 128],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    return zero
+
+
+@triton.jit
 def _mma(d, a0, a1, a2, a3, b0, b1, b2, b3, indices, SELECTOR: tl.constexpr, BF16: tl.constexpr):
     """d + A B: every lane of a warp gives its fragments, and all 32 must be there."""
     kind: tl.constexpr = "bf16.bf16" if BF16 else "f16.f16"
@@ -181,11 +200,13 @@ def sparse_mma_kernel(
     BIAS: tl.constexpr,
     WARPS: tl.constexpr,
     WIDE: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """y [M, N] = (x W^T) * scale + bias. A program makes 16 columns of 8 rows of y; its warps take turns along K.
 
     x [M, K], y: bfloat16 (BF16) or float16; qdata, sparse_metadata: uint8; bias any float dtype (BIAS); all rows
-    contiguous, and aligned to 16 bytes but for scale and bias. WARPS: num_warps.
+    contiguous, and aligned to 16 bytes but for scale and bias. WARPS: num_warps. AHEAD: the weight is asked for as a
+    whole before any of it is read.
     """
     warp = tl.arange(0, WARPS)[:, None]
     lane = tl.arange(0, 32)[None, :]
@@ -196,10 +217,21 @@ def sparse_mma_kernel(
     row = tl.program_id(1) * 8
     n = (first + g).to(tl.int64)
     m = tl.minimum(row + g, M - 1).to(tl.int64)
-    q = qdata.to(tl.int64, bitcast=True) + n * (K // 2) + t * 16
-    indices = sparse_metadata.to(tl.int64, bitcast=True) + n * (K // 8)
+    q = qdata.to(tl.int64, bitcast=True)
+    indices = sparse_metadata.to(tl.int64, bitcast=True)
+    if AHEAD:
+        thread = warp * 32 + lane
+        start = first.to(tl.int64)
+        q += _ask(q + start * (K // 2), thread, 8 * K, 32 * WARPS)
+        indices += _ask(indices + start * (K // 8), thread, 2 * K, 32 * WARPS)
+    q += n * (K // 2) + t * 16
+    indices += n * (K // 8)
     words = x.to(tl.int64, bitcast=True) + m * (K * 2) + (t // 2) * 64 + (0 if WIDE else t % 2 * 4)
     byte = (t * 0x11 + 0x40).to(tl.uint32)
+    # asked for before the weight, whose time they would add to
+    columns = first + tl.arange(0, 32) // 4
+    upper = _affine(scale, bias, columns, None, BIAS)
+    lower = _affine(scale, bias, columns + 8, None, BIAS)
     zero = tl.zeros((WARPS, 32), tl.float32)
     d = (zero, zero, zero, zero)
     TURNS: tl.constexpr = K // 128
@@ -219,22 +251,32 @@ def sparse_mma_kernel(
     thread = tl.inline_asm_elementwise(
         "mov.u32 $0, %tid.x; // $1", "=r,r", [warp * 32 + lane], dtype=tl.int32, is_pure=True, pack=1
     )
-    same = tl.min(tl.min((thread == warp * 32 + lane).to(tl.int32), 1), 0)
+    same = tl.min((thread == warp * 32 + lane).to(tl.int32), 1)[:, None]
     unit = tl.where(same == 1, 1.0, float("nan"))
-    lane = tl.arange(0, 32)
-    n = first + lane // 4
-    m = row + lane % 4 * 2
-    _store(tl.sum(d[0], 0) * unit, n, m, m < M, scale, bias, y, N, BIAS)
-    _store(tl.sum(d[1], 0) * unit, n, m + 1, m + 1 < M, scale, bias, y, N, BIAS)
-    _store(tl.sum(d[2], 0) * unit, n + 8, m, m < M, scale, bias, y, N, BIAS)
-    _store(tl.sum(d[3], 0) * unit, n + 8, m + 1, m + 1 < M, scale, bias, y, N, BIAS)
+    d = tl.reduce((d[0] * unit, d[1] * unit, d[2] * unit, d[3] * unit), 0, _add4)
+    m = row + tl.arange(0, 32) % 4 * 2
+    _store(d[0], upper, y, m, columns, m < M, N, BIAS)
+    _store(d[1], upper, y, m + 1, columns, m + 1 < M, N, BIAS)
+    _store(d[2], lower, y, m, columns + 8, m < M, N, BIAS)
+    _store(d[3], lower, y, m + 1, columns + 8, m + 1 < M, N, BIAS)
 
 
 @triton.jit
-def _store(total, n, m, there, scale, bias, y, N, BIAS: tl.constexpr):
-    total *= tl.load(scale + n, mask=there)
+def _add4(a0, a1, a2, a3, b0, b1, b2, b3):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
+
+
+@triton.jit
+def _affine(scale, bias, n, there, BIAS: tl.constexpr):
+    """Scale and bias of columns n."""
+    return tl.load(scale + n, mask=there), tl.load(bias + n, mask=there).to(tl.float32) if BIAS else 0.0
+
+
+@triton.jit
+def _store(total, affine, y, m, n, there, N, BIAS: tl.constexpr):
+    total *= affine[0]
     if BIAS:
-        total += tl.load(bias + n, mask=there).to(tl.float32)
+        total += affine[1]
     tl.store(y + m.to(tl.int64) * N + n, total.to(y.dtype.element_ty), mask=there)
 
 
@@ -279,7 +321,8 @@ def plain_kernel(
         at = x + m * K + group * 4
         total += v0 * tl.load(at + (nibble & 3), mask=there, other=0).to(tl.float32)
         total += v1 * tl.load(at + (nibble >> 2 & 3), mask=there, other=0).to(tl.float32)
-    _store(tl.sum(total, 1), n, m, n < N, scale, bias, y, N, BIAS)
+    there = n < N
+    _store(tl.sum(total, 1), _affine(scale, bias, n, there, BIAS), y, m, n, there, N, BIAS)
 
 
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
@@ -289,14 +332,16 @@ LLAMA = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))
 def specimens(arch: int) -> list[Specimen]:
     """The kernels as `gemv24.launch` runs them for the linears [N, K] of LLaMA-3-8B."""
 
-    def one(m: int, n: int, k: int, dtype: torch.dtype) -> Specimen:
+    def one(m: int, n: int, k: int, dtype: torch.dtype, ahead: bool = False) -> Specimen:
         cut = config(arch, m, n, k, dtype)
+        cut = cut._replace(ahead=True) if ahead else cut
         kernel, constants, options = arguments(cut, k, dtype, bias=False)
         kind = TYPES[dtype]
         signature = {"x": kind, "qdata": "*u8", "sparse_metadata": "*u8", "scale": "*fp32", "y": kind}
         signature |= {"M": "i32", "N": "i32"}
-        name = f"{kind[1:]} M={m} N={n} K={k}"
+        name = f"{kind[1:]} M={m} N={n} K={k}" + " ahead" * ahead
         return Specimen(name, kernel, signature, constants | {"bias": None}, options, ("N",))
 
     rest = [one(1, *LLAMA[0], torch.float16), one(1, *LLAMA[0], torch.float32)]
+    rest += [one(1, n, k, torch.bfloat16, True) for n, k in LLAMA]
     return [one(m, n, k, torch.bfloat16) for n, k in LLAMA for m in (1, 2, 4, 8)] + rest

@@ -121,7 +121,7 @@ def product(x, x_scale, qdata, sparse_metadata, scale, bias, layout, out_dtype):
 
 def product_cut(x, x_scale, qdata, sparse_metadata, scale, bias, out_dtype, cut: Config):
     """`tiles24`, cut as told; nothing is checked, and there is something to do."""
-    m, n = len(x), len(qdata)
+    m, n = x.shape[0], qdata.shape[0]
     y = x.new_empty((m, n), dtype=out_dtype)
     parts = x.new_empty((cut.split, m, n), dtype=torch.float32) if cut.split > 1 else None
     launch(x, x_scale, qdata, sparse_metadata, scale, bias, y, parts, cut)

@@ -311,13 +311,14 @@ def test_the_clock_says_where_it_cannot_replay():
     assert measured(CudaClock(), [lambda: torch.ones(8, device=DEVICE)], 4, is_one, 0.01)["not_replayed"] == ""
 
 
-def test_the_cuts_of_tiles_are_measured(monkeypatch):
+@pytest.mark.parametrize(("path", "m"), [("gemv", 1), ("tiles", 17)])
+def test_cuts_are_measured(monkeypatch, path, m):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    tiles = import_module("tiles")
-    monkeypatch.setattr(tiles, "rotation", lambda *sizes: (2, 2))
-    some = tiles.candidates
-    monkeypatch.setattr(tiles, "candidates", lambda *problem: some(*problem)[:2])
-    made = list(tiles.lines(CudaClock(), 17, N, K, False, 0.001))
+    cuts = import_module("cuts")
+    monkeypatch.setattr(cuts, "rotation", lambda *sizes: (2, 2))
+    some = cuts.OPS[path].candidates
+    monkeypatch.setattr(cuts.OPS[path], "candidates", lambda *problem: some(*problem)[:2])
+    made = list(cuts.lines(CudaClock(), path, m, N, K, 0.001))
     assert [line["status"] for line in made] == ["ok"] * 2 and made[0]["config"] != made[1]["config"], made
 
 
