@@ -13,6 +13,7 @@ from hwpq_fx.bench.measure import (
     CALLS_TIMES_L2,
     MOST_CALLS,
     SETS_TIMES_L2,
+    CudaRegion,
     Errors,
     GpuLost,
     copy_bandwidth,
@@ -20,6 +21,7 @@ from hwpq_fx.bench.measure import (
     errors_of,
     matrix_rate,
     measured,
+    node_us,
     one_line,
     rotation,
     spread,
@@ -118,3 +120,15 @@ def test_ceilings_count_bytes_both_ways_and_two_operations():
     clock = FakeClock(took=(2e-3,) * 5)
     assert copy_bandwidth(clock, 1000) == pytest.approx(2 * 1000 / 2e-3)
     assert matrix_rate(clock, 16) == pytest.approx(2 * 16**3 / 2e-3)
+    assert node_us(clock) == pytest.approx(2e3) and clock.regions[-1].calls == 256
+
+
+def test_the_gpu_is_at_work_before_it_is_timed(monkeypatch):
+    """A clock that compiling let fall comes back in the meantime."""
+    region, runs = CudaRegion.__new__(CudaRegion), []
+    region.calls, now = 2, iter(0.02 * at for at in range(99))
+    monkeypatch.setattr(region, "run", lambda: runs.append(None))
+    monkeypatch.setattr(region, "_timed", lambda count: [4e-3 * (len(runs) >= 3)] * count)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    assert region.sample(0.04) == [2e-3] * 10 and len(runs) == 3

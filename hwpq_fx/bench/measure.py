@@ -6,6 +6,7 @@ rotate among input sets that together are several times the L2 cache: each finds
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -30,6 +31,8 @@ SETS_TIMES_L2 = 3  # the sets together, so that a set has left the cache when it
 CALLS_TIMES_L2 = 12  # the calls of one graph together: long enough that starting it does not count
 MOST_CALLS = 256
 FEWEST, MOST = 7, 200  # samples
+WARM_UP = 0.05  # seconds: a GPU that waited while something was compiled has lowered its clocks
+NODES = 256
 
 
 class Errors(NamedTuple):
@@ -172,8 +175,12 @@ class CudaRegion:
             self.first = self._all()
 
     def sample(self, seconds: float) -> list[float]:
-        self.run()
-        torch.cuda.synchronize()
+        end = time.perf_counter() + WARM_UP
+        while True:
+            self.run()
+            torch.cuda.synchronize()
+            if time.perf_counter() >= end:
+                break
         (once,) = self._timed(1)
         return [taken / self.calls for taken in self._timed(min(MOST, max(FEWEST, int(seconds / max(once, 1e-6)))))]
 
@@ -285,3 +292,10 @@ def matrix_rate(clock: Clock, size: int, seconds: float = 0.5) -> float:
     a, b = (normal((size, size), torch.bfloat16, clock.device) for _ in range(2))
     region = clock.region([lambda: a @ b], 1)
     return 2 * size**3 / (1e-6 * spread(region.sample(seconds)).median_us)
+
+
+def node_us(clock: Clock, seconds: float = 0.05) -> float:
+    """Microseconds of a kernel that does next to nothing, in a chain of such in a graph: what of a kernel's time is no
+    work of its own."""
+    one = torch.zeros(1, device=clock.device)
+    return spread(clock.region([lambda: one.add_(1)], NODES).sample(seconds)).median_us
