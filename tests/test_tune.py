@@ -12,7 +12,7 @@ from hwpq_fx.bench import contenders
 from hwpq_fx.bench.tune import earlier, run_tune, summary, tune, tune_shapes
 from hwpq_fx.kernels.paths import PATHS
 from hwpq_fx.kernels.paths import Target as Gpu
-from hwpq_fx.kernels.table import DENSE_NAMES, load_table, versions
+from hwpq_fx.kernels.table import DENSE_NAMES, Table, load_table, save_table, versions
 
 DEVICE = "NVIDIA H100 80GB HBM3"
 
@@ -30,11 +30,13 @@ def paths(monkeypatch):
     def serves(arch, dtype, n, k):
         return ""
 
-    fast = PATHS["gemv"]._replace(why_not=serves, product=product)
+    fast = PATHS["gemv"]._replace(why_not=serves, product=product, inline=product)
     made = {"gemv": fast, "tiles": fast._replace(name="tiles"), "tiles_fp8": fast._replace(name="tiles_fp8", fp8=True)}
     monkeypatch.setattr(contenders, "PATHS", made)
     monkeypatch.setattr(tune_module, "PATHS", made)
     monkeypatch.setattr(contenders, "compiled_quantize", lambda: contenders.quantize_rows)
+    monkeypatch.setattr(contenders, "_compiled", lambda function: function)
+    monkeypatch.setattr(contenders, "INLINED", ())
     return made
 
 
@@ -94,10 +96,27 @@ def test_a_wrong_path_gets_no_place(paths):
     assert [one.split(",")[0] for one in tuned.refused] == ["tiles at M = 1: wrong", "tiles_fp8 at M = 1: failed"]
 
 
+def test_few_rows_run_as_a_graph_has_them(paths, monkeypatch):
+    monkeypatch.setattr(contenders, "INLINED", ("tiles", "tiles_fp8"))
+    paths["tiles_fp8"] = paths["tiles_fp8"]._replace(product=lambda *arguments: 1 / 0)
+    paths["tiles"] = paths["tiles"]._replace(inline=lambda *arguments: 1 / 0)
+    (tuned,) = tune_shapes(SlowClock(seconds), [(16, 32)], [1, 64, 65], 0.1)
+    assert "tiles_fp8" in tuned.us[64] and "tiles" not in tuned.us[1]
+    assert [one.split(",")[0] for one in tuned.refused] == ["tiles at M = 1: failed", "tiles_fp8 at M = 65: failed"]
+
+
 def test_a_path_that_does_not_serve_is_no_news(paths):
     paths["tiles"] = paths["tiles"]._replace(why_not=lambda *arguments: "no")
     (tuned,) = tune_shapes(SlowClock(seconds), [(16, 32)], [1], 0.1)
     assert set(tuned.us[1]) == {"gemv", "tiles_fp8"} and not tuned.refused
+
+
+def test_without_peers_theirs_stay_where_they_are_known(paths, tmp_path):
+    file, shapes = tmp_path / "table.json", [(16, 32)]
+    save_table(Table({(16, 32): {1: {"gemv": 50.0, "cutlass": 1.0, "bf16": 9.0}, 2: {"bf16": 8.0}}}), DEVICE, file)
+    run_tune(SlowClock(seconds), DEVICE, file, shapes, [1, 64], 0.1, lambda text: None)
+    times = load_table(file, DEVICE).entries[16, 32]
+    assert times[1] == {"gemv": 1.0, "tiles": 4.0, "tiles_fp8": 8.0, "bf16": 9.0} and "bf16" not in times[64]
 
 
 def test_the_table_is_one_the_dispatcher_reads_and_grows(paths, tmp_path):
@@ -141,8 +160,18 @@ def fake_gpu(monkeypatch, paths, tmp_path):
 def test_the_command(fake_gpu, tmp_path):
     done = CliRunner().invoke(tune, fake_gpu)
     assert done.exit_code == 0 and "table.json" in done.output and "gemv 1, tiles 64" in done.output
+    # q, k and v as one come first
+    assert done.output.startswith("1 of 5: 128 x 64") and "5 of 5: 32 x 64" in done.output
     done = CliRunner().invoke(tune, [*fake_gpu, "--json"])
     assert done.exit_code == 0 and json.loads(done.stdout)["source"] == "measured"
+
+
+def test_the_command_without_peers(fake_gpu, monkeypatch):
+    asked = []
+    monkeypatch.setattr(tune_module, "run_tune", lambda *arguments: asked.append(arguments[-1]) or [])
+    for more in ([], ["--no-peers"]):
+        CliRunner().invoke(tune, [*fake_gpu, *more])
+    assert [len(peers) for peers in asked] == [3, 0]
 
 
 def test_the_command_exits_with_1_where_a_path_is_wrong(fake_gpu, paths):

@@ -19,11 +19,17 @@ from hwpq_fx.passes import HwpqBackend
 from .measure import BOUNDS, FP8_BOUND, Errors, Outputs, errors_between, errors_of
 
 DTYPE = torch.bfloat16
-# batch sizes of decoding: a compiled model knows them, and our choice of path is fixed then
+# Batch sizes of decoding: a compiled model knows them, and our choice of path is fixed then. torchao's know one row and
+# take 2 and more as any number: with its options each further number of rows costs tens of seconds of search, for
+# kernels that are a small part of theirs there (the products are a library's).
 STATIC_ROWS = 64
 FEW_ROWS = 64  # beyond, a kernel without tensor cores is of no use
 # quantize_rows against what it was given: e4m3 keeps four significant bits
 QUANTIZATION_BOUND = 5e-2
+
+# Paths for which x is written in an order of their own: by the kernel that quantizes it, where Inductor sees both.
+# (`tiles` by itself has none before it. Its order is a kernel here, and in a model a part of what wrote x.)
+INLINED = ("tiles", "tiles_fp8")
 
 # kinds: what a contender counts as
 DENSE, DENSE_FP8, PEER, PATH, OURS, PART = "dense", "dense fp8", "peer", "path", "ours", "part"
@@ -84,15 +90,16 @@ def dense_contenders() -> list[Contender]:
 
 
 def contenders() -> list[Contender]:
-    """All of them, the one that all are measured by first."""
+    """All of them, the one that all are measured by first, then what is wanted most."""
     return [
         *dense_contenders(),
+        Contender("hwpq", OURS, "F.linear with our packed weight, compiled", _hwpq, static_rows=STATIC_ROWS),
+        # added up, one more dense FP8
+        Contender("scaled_mm alone", DENSE_FP8, "torch._scaled_mm on quantized x", _scaled_mm),
+        Contender("quantize alone", DENSE_FP8, "quantize_rows, compiled", _quantize),
+        *path_contenders(FEW_ROWS),
         Contender("torchao 2:4", PEER, "torchao's CUTLASS 2:4 FP8 tensor", _torchao_24),
         Contender("torchao int4", PEER, "torchao Int4WeightOnly, groups of 128", _torchao_int4, 1024),
-        *path_contenders(FEW_ROWS),
-        Contender("hwpq", OURS, "F.linear with our packed weight, compiled", _hwpq, static_rows=STATIC_ROWS),
-        Contender("scaled_mm alone", PART, "torch._scaled_mm on quantized x", _scaled_mm),
-        Contender("quantize alone", PART, "quantize_rows, compiled", _quantize),
         *(
             Contender(f"{name} alone", PART, f"our path {name!r} on quantized x", partial(_path_alone, path))
             for name, path in PATHS.items()
@@ -110,6 +117,7 @@ def path_contenders(gemv_rows: int) -> list[Contender]:
             f"our path {name!r}, quantization of x counted",
             partial(_path, path),
             gemv_rows if name == "gemv" else 1 << 30,
+            STATIC_ROWS,
         )
         for name, path in PATHS.items()
     ]
@@ -291,10 +299,20 @@ def run_path(
 
 def _path(path: Path, weight: torch.Tensor) -> Built:
     packed, parts = packed_parts(weight, path)
+    dtype, fp8, inline = weight.dtype, path.fp8, path.inline
+    assert inline is not None or path.name not in INLINED
+
+    # a graph that knows its rows has the path's own ops in it, one that does not an op that calls `product`
+    @_compiled
+    def few(x: torch.Tensor, qdata: torch.Tensor, sparse_metadata: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        values, x_scale = quantize_rows(x) if fp8 else (x, None)
+        return inline(values, x_scale, qdata, sparse_metadata, scale, None, None, dtype)  # type: ignore[misc]
 
     def call(x: torch.Tensor, *parts: torch.Tensor) -> torch.Tensor:
-        values, x_scale = compiled_quantize()(x) if path.fp8 else (x, None)
-        return run_path(path, weight.dtype, values, x_scale, *parts)
+        if path.name in INLINED and len(x) <= STATIC_ROWS:
+            return few(x, *parts)
+        values, x_scale = compiled_quantize()(x) if fp8 else (x, None)
+        return run_path(path, dtype, values, x_scale, *parts)
 
     stands_for = partial(packed.dequantize, torch.float32)
     return Built(call, parts, packed.packed_nbytes(), against(stands_for, path.fp8))

@@ -1,6 +1,6 @@
 """`hwpq-fx tune`: measure every way to multiply by a packed weight on this GPU; the dispatcher goes by the times."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from .contenders import COMPILING, Contender, dense_contenders, path_contenders
 from .linears import Shape
 from .machine import no_gpu
 from .measure import Clock, CudaClock, GpuLost
-from .shapes import decoder
+from .shapes import MERGED, SEPARATE, decoder
 
 ROWS = tuple(2**power for power in range(15))
 QUICK_ROWS = ROWS[::2]
@@ -93,27 +93,33 @@ def earlier(file: Path, device: str, warn: Callable[[str], None]) -> Table:
               help=f"Whose linears to measure: {', '.join(MODELS)}, or a config.json; several times for several.  "
               "[default: all that have names]")  # fmt: skip
 @click.option("--quick", is_flag=True, help="Half of the numbers of rows, fewer samples.")
+@click.option("--no-peers", is_flag=True, help="Leave out the dense products, by which only plans go: they take most "
+              "of the time. What is known of them stays.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the table as one JSON object and nothing else.")
 @click.pass_context
-def tune(context: click.Context, models: tuple[str, ...], quick: bool, as_json: bool) -> None:
+def tune(context: click.Context, models: tuple[str, ...], quick: bool, no_peers: bool, as_json: bool) -> None:
     """Measure which kernel is fastest at which size on this GPU; products run by that from then on.
 
     Shapes measured before stay in the table. Exits with 2 where there is no GPU, with 1 where a kernel's result was
     wrong (it gets no place in the table) or the GPU was lost.
     """
     try:
-        shapes = list(dict.fromkeys(shape for name in models or MODELS for shape in decoder(name).shapes()))
+        decoders = [decoder(name) for name in models or MODELS]
     except ConfigError as error:
         raise click.UsageError(str(error)) from error
     if why := no_gpu():
         raise click.UsageError(f"{why}: there is nothing to tune")
+    # merged first, as they run in a converted model
+    shapes = list(
+        dict.fromkeys(shape for form in (MERGED, SEPARATE) for one in decoders for shape in one.shapes([form]))
+    )
     device = torch.cuda.get_device_name()
     file = user_table_file(device)
     say = (lambda text: None) if as_json else click.echo
     try:
         refused = run_tune(
             CudaClock(), device, file, shapes, QUICK_ROWS if quick else ROWS, QUICK_SECONDS if quick else SECONDS,
-            say, dense_contenders(),
+            say, () if no_peers else dense_contenders(),
         )  # fmt: skip
     except GpuLost as error:
         click.echo(f"the GPU was lost ({error}); shapes measured before are in {file}", err=True)
@@ -145,11 +151,17 @@ def run_tune(
     with torch.no_grad(), torch._dynamo.config.patch(COMPILING):
         for at, tuned in enumerate(tune_shapes(clock, shapes, rows, seconds, peers), 1):
             if tuned.us:
-                entries[tuned.n, tuned.k] = tuned.us
+                before = {} if peers else entries.get((tuned.n, tuned.k), {})
+                entries[tuned.n, tuned.k] = _with_peers_of(before, tuned.us)
                 save_table(Table(entries, {**table.algorithms, **export_algorithms()}), device, file)
             refused += [f"{tuned.n} x {tuned.k}, {one}" for one in tuned.refused]
             say(f"{at} of {len(shapes)}: {tuned.n} x {tuned.k}  {summary(tuned.us)}")
     return refused
+
+
+def _with_peers_of(before: Mapping[int, Mapping[str, float]], us: Times) -> Times:
+    dense = {m: {name: before[m][name] for name in DENSE_NAMES if name in before.get(m, {})} for m in us}
+    return {m: times | dense[m] for m, times in us.items()}
 
 
 def summary(us: Times) -> str:
