@@ -1,6 +1,9 @@
-"""A clock for tests: runs calls on the CPU and says they took what the test says; and a call to time."""
+"""A clock for tests: runs calls on the CPU and says they took what the test says; a call to time; a bench's lines."""
 
 import torch
+
+from hwpq_fx.bench import run as bench_run
+from hwpq_fx.bench.shapes import MERGED
 
 
 class FakeRegion:
@@ -55,3 +58,25 @@ TINY = {
     "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
     "num_hidden_layers": 2,
 }  # fmt: skip
+
+LAYER = {MERGED: [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]}
+
+
+def line(n, k, m, contender, us, status="ok", **more):
+    return {"n": n, "k": k, "m": m, "contender": contender, "status": status, "median_us": us, "error": "", **more}
+
+
+def layer_lines(us, m=1, shapes=LAYER[MERGED]):
+    return [line(n, k, m, name, value) for n, k in shapes for name, value in us.items()]
+
+
+def result_of(lines=(), prune=(), generate=(), **more):
+    ceilings = {"copy_bytes_per_s": 3e12, "bf16_flops": 8e14, "node_us": 1.25}
+    return bench_run.fresh(MACHINE) | {"linears": list(lines), "prune": list(prune), "generate": list(generate),
+                                       "ceilings": ceilings, "stopped": "", "failures": [], "complete": True,
+                                       "models": ["llama-3-8b"], **more}  # fmt: skip
+
+
+def generated(variant, ms, skips=0, work="decode", status="ok"):
+    return {"work": work, "batch": 1, "variant": variant, "status": status, "ms_per_token": ms,
+            "forward_ms": ms / 2 - 1, "cudagraph_skips": skips}  # fmt: skip

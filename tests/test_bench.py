@@ -7,20 +7,19 @@ import torch
 from click.testing import CliRunner
 
 import hwpq_fx
-from clocks import MACHINE, TINY, FakeClock
+from clocks import LAYER, MACHINE, TINY, FakeClock, generated, layer_lines, result_of
 from hwpq_fx.bench import command, contenders, linears, machine, models, report
 from hwpq_fx.bench import prune as bench_prune
 from hwpq_fx.bench import run as bench_run
 from hwpq_fx.bench.command import bench, wrong_of_ours
 from hwpq_fx.bench.machine import commit, slug, sources
 from hwpq_fx.bench.measure import GpuLost
-from hwpq_fx.bench.report import END, NOT_MEASURED, START, Target, sums, targets, worst_ratio, write_readme
+from hwpq_fx.bench.report import END, NOT_MEASURED, START
 from hwpq_fx.bench.shapes import MERGED, SEPARATE, decoder
 from hwpq_fx.errors import ConfigError
 from hwpq_fx.kernels.paths import REFERENCE
 from hwpq_fx.kernels.paths import Target as Gpu
-
-LAYER = {MERGED: [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]}
+from hwpq_fx.kernels.table import Table
 
 
 @pytest.fixture
@@ -28,20 +27,17 @@ def on_cpu(monkeypatch):
     """The contenders of a GPU, on the CPU: paths in Triton's interpreter, the dispatcher's pick is the reference."""
     monkeypatch.setattr(contenders, "target_of", lambda device: Gpu(90, "H100"))
     monkeypatch.setattr(contenders, "chosen", lambda *arguments: REFERENCE[True])
+    monkeypatch.setattr(contenders, "INLINED", ())  # Inductor writes no Triton for a CPU
 
 
-def run_of(tmp_path, clock=None, **effort):
+def run_of(tmp_path, clock=None, again=False, **effort):
     effort = bench_run.QUICK._replace(copy_bytes=64, matrix=8, **effort)
-    return bench_run.Bench(clock or FakeClock(), MACHINE, effort, tmp_path / "gpu.json", lambda text: None)
+    return bench_run.Bench(clock or FakeClock(), MACHINE, effort, tmp_path / "gpu.json", lambda text: None, again)
 
 
 def tiny(tmp_path):
     (tmp_path / "tiny.json").write_text(json.dumps(TINY))
     return str(tmp_path / "tiny.json")
-
-
-def line(n, k, m, contender, us, status="ok", **more):
-    return {"n": n, "k": k, "m": m, "contender": contender, "status": status, "median_us": us, "error": "", **more}
 
 
 def test_linears_of_the_models_and_of_a_config(tmp_path):
@@ -123,106 +119,20 @@ def test_the_first_is_timed_again(on_cpu):
     assert [one["contender"] for one in made] == ["bf16", "bf16 again"]
 
 
-def layer_lines(us, m=1, shapes=LAYER[MERGED]):
-    return [line(n, k, m, name, value) for n, k in shapes for name, value in us.items()]
+def test_what_targets_need_is_measured_first_and_what_is_known_is_not(on_cpu):
+    some = [one for one in contenders.contenders() if one.name in ("bf16", "quantize alone", "gemv")]
+    made = list(linears.linears(FakeClock(), [(64, 128)], [1, 2], some, 0.1))
+    first, *_ = needed = [(m, name) for m in (1, 2) for name in ("bf16", "quantize alone", "bf16 again")]
+    assert [(one["m"], one["contender"]) for lines in made for one in lines] == [*needed, (1, "gemv"), (2, "gemv")]
 
+    def known(line):
+        return (line["m"], line["contender"]) in (first, (1, "gemv"), (2, "gemv"))
 
-def test_sums_go_over_a_whole_layer_and_take_the_best_dense_fp8_of_each():
-    lines = layer_lines({"bf16": 10.0, "fp8 dynamic": 6.0, "fp8 weight-only": 5.0, "hwpq": 4.0})
-    lines += [line(4096, 4096, 1, "quantize alone", 1.0), line(4096, 4096, 1, "scaled_mm alone", 3.0)]
-    lines[-3]["status"] = "wrong"  # hwpq at 4096 x 14336
-    made = {(one.form, one.contender): one.us for one in sums(lines, ["llama-3-8b"])}
-    assert made == {(MERGED, "bf16"): 40.0, (MERGED, "fp8 dynamic"): 24.0, (MERGED, "fp8 weight-only"): 20.0,
-                    (MERGED, "best dense fp8"): 19.0}  # fmt: skip
-    assert worst_ratio(lines) == 1.0
-
-
-def result_of(lines=(), prune=(), generate=(), **more):
-    ceilings = {"copy_bytes_per_s": 3e12, "bf16_flops": 8e14}
-    return bench_run.fresh(MACHINE) | {"linears": list(lines), "prune": list(prune), "generate": list(generate),
-                                       "ceilings": ceilings, "stopped": "", "failures": [], "complete": True,
-                                       "models": ["llama-3-8b"], **more}  # fmt: skip
-
-
-def test_targets_of_a_result():
-    lines = layer_lines({"bf16": 100.0, "fp8 dynamic": 60.0, "hwpq": 30.0})
-    lines += layer_lines({"bf16": 100.0, "fp8 dynamic": 60.0, "hwpq": 45.0}, 4096)
-    prune = [{"contender": "copy", "median_us": 10.0}, {"contender": "prune_pack24", "median_us": 50.0},
-             {"contender": "wanda, slow", "median_us": 900.0}, {"contender": "wanda, fast", "median_us": 400.0},
-             {"contender": "wanda, broken", "status": "failed"}]  # fmt: skip
-    generate = [{"work": work, "batch": 1, "variant": name, "ms_per_token": ms}
-                for work, name, ms in (("decode", "bf16", 8.0), ("decode", "fp8 weight-only", 5.0),
-                                       ("decode", "fp8 dynamic", 6.0), ("decode", "hwpq", 4.0),
-                                       ("prefill", "hwpq", 1.0))]  # fmt: skip
-    made = {one.what: (one.measured, one.verdict) for one in targets(result_of(lines, prune, generate))}
-    moved = sum(n * k * 5 // 8 + 4 * n + 2 * n + 2 * k for n, k in LAYER[MERGED])
-    assert made == {
-        "M = 1, share of the measured copy bandwidth": (pytest.approx(moved / 120e-6 / 3e12), "missed"),
-        "M = 1, times the best dense FP8": (2.0, "met"),
-        "M = 1, times bf16": (pytest.approx(10 / 3), "met"),
-        "M = 64, times dense FP8": (None, "not measured"),
-        "M = 512, times dense FP8": (None, "not measured"),
-        "M = 4096, times dense FP8": (pytest.approx(4 / 3), "missed"),
-        "M = 16384, times dense FP8": (None, "not measured"),
-        "M = 4096, times bf16": (pytest.approx(20 / 9), "missed"),
-        "any shape and M, times the best dense FP8 (the worst)": (pytest.approx(4 / 3), "met"),
-        "prune_pack24, times the time to copy the same bytes": (5.0, "accepted"),
-        "prune_pack24, times vectorised Wanda + quantize + compress": (8.0, "missed"),
-        "generate, batch 1, times compiled bf16": (2.0, "accepted"),
-        "generate, batch 1, times compiled dense FP8": (1.25, "met"),
-    }
-
-
-@pytest.mark.parametrize(
-    ("measured", "least", "verdict"),
-    [(3.0, True, "met"), (2.9, True, "accepted"), (1.9, True, "missed"), (None, True, "not measured"),
-     (2.0, False, "met"), (2.5, False, "accepted"), (3.1, False, "missed")],
-)  # fmt: skip
-def test_verdicts(measured, least, verdict):
-    aims = (3.0, 2.0) if least else (2.0, 3.0)
-    assert Target("it", *aims, measured, least).verdict == verdict
-
-
-def test_floor_is_the_roofline_model_of_what_ran():
-    gpu = report.gpu_named(MACHINE["device"])
-    assert gpu is not None and report.gpu_named("GeForce") is None
-
-    def at(name, **more):
-        return report.floor_us(line(4096, 4096, 1, name, 1.0, **more), gpu)
-
-    assert at("bf16") == at("bf16 again") > at("gemv") == at("hwpq", path="gemv")
-    assert at("cutlass") > at("cutlass alone") and at("quantize alone") < at("bf16")
-    assert at("hwpq", path="reference") is None and report.floor_us(line(8, 8, 1, "bf16", 1.0), None) is None
-
-
-def test_readme_is_written_between_its_markers_only(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{START}\nstale\n{END}\nafter\n")
-    write_readme(readme, [])
-    assert readme.read_text() == f"before\n{START}\n{NOT_MEASURED}\n{END}\nafter\n"
-    write_readme(readme, [result_of(layer_lines({"bf16": 100.0, "hwpq": 30.0}))])
-    text = readme.read_text()
-    assert "H100" in text and "| 1 | 400.0 |" in text and "3.33 | met |" in text and "not measured" in text
-    assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text
-
-
-@pytest.mark.parametrize("text", ["", START, END, f"{END}{START}", f"{START}{END}{START}{END}"])
-def test_readme_without_one_pair_of_markers_is_left_alone(tmp_path, text):
-    readme = tmp_path / "README.md"
-    readme.write_text(text)
-    with pytest.raises(ValueError, match="bench:start"):
-        write_readme(readme, [])
-    assert readme.read_text() == text
-
-
-def test_lines_that_were_refused_are_named_in_the_readme(tmp_path):
-    lines = [
-        line(8, 8, 1, "hwpq", 0.0, "wrong"),
-        line(8, 8, 1, "bf16", 1.0),
-        line(8, 8, 1, "torchao int4", 0, "failed"),
-    ]
-    text = report.markdown([result_of(lines)])
-    assert "No speed is given for 2 of 3 lines: hwpq (wrong), torchao int4 (failed)." in text
+    made = list(linears.linears(FakeClock(), [(64, 128)], [1, 2], some, 0.1, known))
+    assert [(one["m"], one["contender"]) for lines in made for one in lines] == needed[1:]
+    # of those that all targets are about, none comes later
+    names = [one.name for one in contenders.contenders() if one.kind in linears.NEEDED]
+    assert {*names} == {"bf16", *report.DENSE_FP8, report.OURS, *report.FP8_PARTS}
 
 
 def test_a_whole_run_is_on_disk_after_every_step(on_cpu, tmp_path, monkeypatch):
@@ -248,14 +158,62 @@ def test_a_later_run_of_the_same_code_adds_and_replaces(on_cpu, tmp_path, monkey
     monkeypatch.setattr(bench_run, "contenders", lambda: contenders.contenders()[:1])
     model = tiny(tmp_path)
     run_of(tmp_path, rows=(1,)).run([("linears", model)])
-    again = run_of(tmp_path, FakeClock(took=(1.0,) * 5), rows=(2,)).run([("linears", model)])
-    assert sorted({one["m"] for one in again["linears"]}) == [1, 2] and len(again["linears"]) == 16
-    third = run_of(tmp_path, FakeClock(took=(1.0,) * 5), rows=(1,)).run([("linears", model)])
+    slow = FakeClock(took=(1.0,) * 5)
+    second = run_of(tmp_path, slow, rows=(2, 1)).run([("linears", model)])
+    assert sorted({one["m"] for one in second["linears"]}) == [1, 2] and len(second["linears"]) == 16
+    # what was known was not measured again
+    times = {(one["m"], round(one["median_us"], 3)) for one in second["linears"]}
+    assert times == {(1, 3.0), (2, 1e6)}
+    assert second["complete"]
+    third = run_of(tmp_path, slow, True, rows=(1,)).run([("linears", model)])
     assert len(third["linears"]) == 16 and {one["median_us"] for one in third["linears"]} == {1e6}
     run = run_of(tmp_path, rows=(1,))
-    assert bench_run.earlier(run.file, MACHINE | {"sources": "other"}) == {}
+    assert bench_run.earlier(run.file, MACHINE | {"sources": "other"}, "default") == {}
     run.file.write_text("{")
-    assert bench_run.earlier(run.file, MACHINE) == {}
+    assert bench_run.earlier(run.file, MACHINE, "default") == {}
+
+
+def test_what_failed_is_tried_again_and_ours_by_another_table_too(on_cpu, tmp_path, monkeypatch):
+    run = run_of(tmp_path)
+    prune = [{"contender": "prune_pack24", "status": "ok"}, {"contender": "x", "status": "failed"}]
+    lines = {"prune": prune, "generate": [generated("hwpq", 1.0), generated("bf16", 1.0)]}
+    lines = {group: [one | {"model": "tiny"} for one in made] for group, made in lines.items()}
+    run.file.write_text(json.dumps(run.result | lines))
+    run = run_of(tmp_path)
+    assert run._knows("prune", "tiny")({"contender": "prune_pack24"})
+    assert not run._knows("prune", "tiny")({"contender": "x"}) and not run._knows("prune", "other")({"contender": "x"})
+    assert len(run.result["generate"]) == 2
+    monkeypatch.setattr(bench_run, "described_table", lambda device: "measured 0123")
+    assert [one["variant"] for one in run_of(tmp_path).result["generate"]] == ["bf16"]
+
+
+def test_tables_are_told_apart(monkeypatch):
+    made = set()
+    for entries in ({}, {(8, 8): {1: {"gemv": 1.0}}}, {(8, 8): {1: {"gemv": 2.0}}}):
+        monkeypatch.setattr(bench_run, "table_of", lambda device, entries=entries: Table(entries))
+        made.add(bench_run.described_table("H100"))
+    assert len(made) == 3 and "default" in made
+
+
+def test_every_group_leaves_out_what_is_known(tmp_path, monkeypatch):
+    def ok(*arguments):
+        asked.append(arguments)
+        return {"status": "ok", "ms_per_token": 1.0, "forward_ms": 1.0}
+
+    for module, name in ((bench_prune, "measured"), (models, "_layer_line"), (models, "_generated")):
+        monkeypatch.setattr(module, name, ok)
+    for name in ("compiled", "_layer", "_model"):
+        monkeypatch.setattr(models, name, lambda *arguments: None)
+    plan = [("prune", tiny(tmp_path)), ("layers", "llama-3-8b"), ("generate", "llama-3-8b")]
+    asked = []
+    first = run_of(tmp_path).run(plan)
+    assert len(asked) == sum(len(first[group]) for group, _ in plan) == 5 + 4 * (len(models.TOKENS) + len(models.WORKS))
+    assert [one["variant"] for one in first["generate"]][:4] == ["bf16", "hwpq", "fp8 weight-only", "fp8 dynamic"]
+    asked.clear()
+    second = run_of(tmp_path).run(plan)
+    assert (
+        not asked and second["complete"] and [second[group] for group, _ in plan] == [first[group] for group, _ in plan]
+    )
 
 
 def test_a_lost_gpu_leaves_what_there_was(on_cpu, tmp_path, monkeypatch):
@@ -318,11 +276,11 @@ def small_models(monkeypatch):
 
 def test_decoder_layers(small_models, monkeypatch):
     with torch.no_grad():
-        ((dense, ours),) = models.layers(FakeClock(), "tiny", 0.1)
+        dense, ours = models.layers(FakeClock(), "tiny", 0.1)
         assert dense["status"] == ours["status"] == "ok" and ours["median_us"] > 0
         monkeypatch.setattr(models, "float64_weights",
                             lambda module: {name: 2 * one.double() for name, one in real(module).items()})  # fmt: skip
-        ((dense, ours),) = models.layers(FakeClock(), "tiny", 0.1)
+        dense, ours = models.layers(FakeClock(), "tiny", 0.1)
         assert dense["status"] == ours["status"] == "wrong" and "median_us" not in ours
 
 
@@ -331,7 +289,7 @@ real = models.float64_weights
 
 def test_generate_runs_compiled_and_counts_its_tokens(small_models, monkeypatch):
     with torch.no_grad(), torch._dynamo.config.patch(contenders.COMPILING):
-        (dense,), (ours,) = models.generation(torch.device("cpu"), "tiny")
+        dense, ours = models.generation(torch.device("cpu"), "tiny")
         assert dense["status"] == ours["status"] == "ok", (dense, ours)
         assert ours["variant"] == "hwpq" and ours["ms_per_token"] == pytest.approx(ours["ms"] / 3)
         assert ours["forward_ms"] > 0
@@ -340,7 +298,7 @@ def test_generate_runs_compiled_and_counts_its_tokens(small_models, monkeypatch)
 def test_generate_with_other_logits_has_no_speed(small_models, monkeypatch):
     monkeypatch.setattr(models, "LOGITS_BOUND", -1.0)
     with torch.no_grad():
-        made = [line for lines in models.generation(torch.device("cpu"), "tiny") for line in lines]
+        made = list(models.generation(torch.device("cpu"), "tiny"))
     assert {one["status"] for one in made} == {"wrong"} and "ms" not in made[0]
 
 
@@ -385,6 +343,7 @@ def test_a_table_is_not_lost_by_a_slip(tmp_path, monkeypatch):
         (["--out", "reslts"], "reslts is not there"),
         (["--readme", "nowhere.md"], "nowhere.md is not there"),
         (["--quick"], "--table measures nothing"),
+        (["--again"], "--table measures nothing"),
     ):
         done = CliRunner().invoke(bench, ["--table", *wrong])
         assert done.exit_code == 2 and says in done.output

@@ -359,7 +359,7 @@ def test_generate_end_to_end(work, monkeypatch):
     monkeypatch.setattr(models, "VARIANTS", ("bf16", "hwpq"))
     with torch.no_grad(), torch._dynamo.config.patch(contenders.COMPILING):
         lines = list(models.generation_of(config, torch.device(DEVICE), (models.Work(*work),)))
-    assert [one["status"] for (one,) in lines] == ["ok", "ok"], lines
+    assert [one["status"] for one in lines] == ["ok", "ok"], lines
 
 
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")

@@ -14,7 +14,7 @@ from hwpq_fx.kernels.roofline import MODELS
 
 from .machine import describe_machine, no_gpu, slug
 from .measure import CudaClock, GpuLost
-from .report import targets, write_readme
+from .report import ceilings_in_words, targets, write_readme
 from .run import FULL, GROUPS, KEYS, PLAN, QUICK, QUICK_PLAN, Bench, results_in
 from .shapes import FORMS
 
@@ -23,9 +23,10 @@ from .shapes import FORMS
 @click.option("--quick", is_flag=True, help="LLaMA-3-8B's linears at six numbers of rows, and pruning.")
 @click.option("--only", type=click.Choice(GROUPS), multiple=True, help="Only this group; may be given several times.")
 @click.option("--model", type=click.Choice(list(MODELS)), multiple=True, help="Only this model; may be given again.")
+@click.option("--again", is_flag=True, help="Measure anew what the file in --out has from the same code.")
 @click.option("--budget", type=click.FloatRange(min=0, min_open=True), help="Seconds after which nothing new begins.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results"), show_default=True,
-              help="Folder of the JSON, one file per GPU; what the same code measured before is added to.")  # fmt: skip
+              help="Folder of the JSON, one file per GPU; goes on where a run of the same code stopped.")  # fmt: skip
 @click.option("--readme", type=click.Path(path_type=Path, dir_okay=False), default=Path("README.md"), show_default=True,
               help="Where the table goes, between its markers; left alone where it has none.")  # fmt: skip
 @click.option(
@@ -37,6 +38,7 @@ def bench(
     quick: bool,
     only: tuple[str, ...],
     model: tuple[str, ...],
+    again: bool,
     budget: float | None,
     out: Path,
     readme: Path,
@@ -51,8 +53,8 @@ def bench(
         for place in (out, readme):
             if not place.exists():
                 raise click.UsageError(f"{place} is not there")
-        if quick or only or model or budget is not None:
-            raise click.UsageError("--table measures nothing: leave --quick, --only, --model and --budget out")
+        if quick or only or model or again or budget is not None:
+            raise click.UsageError("--table measures nothing: leave --quick, --only, --model, --again and --budget out")
     else:
         if why := no_gpu():
             raise click.UsageError(f"{why}: there is nothing to measure")
@@ -64,7 +66,7 @@ def bench(
             raise click.UsageError("nothing in the plan is both of these groups and of these models")
         torch.manual_seed(0)
         machine = describe_machine()
-        run = Bench(CudaClock(), machine, effort, out / f"{slug(machine['device'])}.json", click.echo)
+        run = Bench(CudaClock(), machine, effort, out / f"{slug(machine['device'])}.json", click.echo, again)
         try:
             result = run.run(plan)
         except GpuLost as error:
@@ -103,9 +105,11 @@ def show(result: dict[str, Any], console: Console) -> None:
         table.add_column(column, justify="right" if column else "left")
     for rows in zip(*(targets(result, form=form) for form in FORMS), strict=True):
         measured = ["" if one.measured is None else f"{one.measured:.2f}" for one in rows]
-        verdicts = " / ".join(dict.fromkeys(one.verdict for one in rows))
+        verdicts = " / ".join(dict.fromkeys(one.said for one in rows))
         table.add_row(rows[0].what, f"{rows[0].target:g}", f"{rows[0].floor:g}", *measured, verdicts)
     console.print(table)
+    if result["ceilings"]:
+        console.print(ceilings_in_words(result["ceilings"]), highlight=False)
     for trouble in (result["stopped"], *result["failures"]):
         if trouble:
             console.print(trouble, highlight=False)

@@ -1,17 +1,18 @@
 """Linears measured one by one: every contender, every shape of a model, every number of rows."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
-from .contenders import DTYPE, Built, Contender, Unserved
+from .contenders import DENSE, DENSE_FP8, DTYPE, OURS, Built, Contender, Unserved
 from .measure import Clock, measured, normal, one_line, rotation
 
 # in order of what is wanted most: a run that is cut short has the first
 ROWS = (1, 64, 4096, 512, 16384, 16, 8, 256, 1024, 32, 4, 2, 128)
 QUICK_ROWS = (1, 64, 4096, 512, 16384, 16)
+NEEDED = (DENSE, DENSE_FP8, OURS)  # what targets are about: at every number of rows before all else
 
 Line = dict[str, Any]
 
@@ -38,7 +39,7 @@ class Shape:
         built = self._built(contender)
         if not isinstance(built, Built):
             return line | built
-        line |= {"path": built.picked(x)} if contender.kind == "ours" else {}
+        line |= {"path": built.picked(x)} if contender.kind == OURS else {}
         return line | measure_built(self.clock, built, x, n, contender.static_rows, seconds)
 
     def _built(self, contender: Contender) -> Built | Line:
@@ -77,11 +78,20 @@ def linears(
     rows: Sequence[int],
     contenders: Sequence[Contender],
     seconds: float,
+    known: Callable[[Line], bool] = lambda line: False,
 ) -> Iterable[list[Line]]:
-    """Lines of every shape at every number of rows, rows by rows, one list for each. The first contender is timed
-    again at the end: how far the two are apart is what a difference means."""
+    """Lines of every shape at every number of rows, rows by rows, one list for each; those of `NEEDED` first. The first
+    contender is timed again after these: how far the two are apart is what a difference means.
+
+    known: of a line without its figures, whether it need not be measured.
+    """
     made = [Shape(clock, shape, contenders) for shape in shapes]
-    for m in rows:
-        for shape in made:
-            *lines, again = shape.lines(m, seconds, [*contenders, contenders[0]])
-            yield [*lines, again | {"contender": f"{again['contender']} again"}]
+    needed = [one for one in contenders if one.kind in NEEDED]
+    again = contenders[0]._replace(name=f"{contenders[0].name} again")
+    others = [one for one in contenders if one not in needed]
+    for some in ([*needed, again], others):
+        for m in rows:
+            for shape in made:
+                n, k = shape.shape
+                if left := [one for one in some if not known({"n": n, "k": k, "m": m, "contender": one.name})]:
+                    yield shape.lines(m, seconds, left)

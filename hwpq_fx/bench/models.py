@@ -14,7 +14,8 @@ from .contenders import DTYPE, TORCHAO_INDUCTOR, fp8_dynamic_config, fp8_weight_
 from .measure import Clock, Outputs, errors_between, measured, normal, one_line
 
 Line = dict[str, Any]
-VARIANTS = ("bf16", "fp8 dynamic", "fp8 weight-only", "hwpq")
+# in order of what is wanted most: one row gains nothing by FP8 activations
+VARIANTS = ("bf16", "hwpq", "fp8 weight-only", "fp8 dynamic")
 
 # batch and length of what a layer is given, without a cache: decoding's rows at batch 1, 16 and 64, and prompts
 TOKENS = ((1, 1), (64, 1), (1, 4096), (1, 512), (16, 1))
@@ -84,22 +85,27 @@ def compiled(module: nn.Module, variant: str, mode: str | None) -> nn.Module:
     return convert(module) if variant == "hwpq" else module
 
 
-def layers(clock: Clock, model: str, seconds: float) -> Iterator[list[Line]]:
+Known = Callable[[Line], bool]
+"""Of a line without its figures, whether it need not be measured."""
+
+
+def layers(clock: Clock, model: str, seconds: float, known: Known = lambda line: False) -> Iterator[Line]:
     """One decoder layer by itself, every variant at every number of tokens."""
     config = config_of(model)
-    made: dict[str, list[nn.Module] | str] = {}
-    for variant in VARIANTS:
+
+    @cache
+    def made(variant: str) -> list[nn.Module] | str:
         try:
-            made[variant] = [compiled(_layer(config, clock.device), variant, None) for _ in range(COPIES)]
+            return [compiled(_layer(config, clock.device), variant, None) for _ in range(COPIES)]
         except Exception as error:  # whatever a variant raises is its result
             clock.check_alive()
-            made[variant] = one_line(error)
+            return one_line(error)
+
     for batch, length in TOKENS:
-        yield [
-            {"variant": variant, "batch": batch, "length": length}
-            | _layer_line(clock, config, variant, made[variant], batch, length, seconds)
-            for variant in VARIANTS
-        ]
+        for variant in VARIANTS:
+            line: Line = {"variant": variant, "batch": batch, "length": length}
+            if not known(line):
+                yield line | _layer_line(clock, config, variant, made(variant), batch, length, seconds)
 
 
 def _layer(config: Any, device: torch.device) -> nn.Module:
@@ -159,24 +165,34 @@ def float64_weights(module: nn.Module) -> dict[str, torch.Tensor]:
     return made
 
 
-def generation(device: torch.device, model: str) -> Iterator[list[Line]]:
-    """`generate` with a static cache, every variant at every work, one line at a time."""
-    yield from generation_of(config_of(model), device, WORKS)
+def generation(device: torch.device, model: str, known: Known = lambda line: False) -> Iterator[Line]:
+    """`generate` with a static cache, every variant at every work."""
+    yield from generation_of(config_of(model), device, WORKS, known)
 
 
-def generation_of(config: Any, device: torch.device, works: tuple[Work, ...]) -> Iterator[list[Line]]:
+def generation_of(
+    config: Any, device: torch.device, works: tuple[Work, ...], known: Known = lambda line: False
+) -> Iterator[Line]:
     """As `generation`, of any config."""
     made: dict[str, nn.Module] = {}
     for work in works:
         for variant in VARIANTS:
             line: Line = {"variant": variant, **work._asdict()}
+            if known(line):
+                continue
+            skips = _graphs_skipped()
             try:
                 if variant not in made:
                     made[variant] = _model(config, variant, device)
                 line |= _generated(made[variant], config, device, work)
             except Exception as error:  # whatever a variant raises is its result
                 line |= {"status": "failed", "error": one_line(error)}
-            yield [line]
+            yield line | {"cudagraph_skips": _graphs_skipped() - skips}
+
+
+def _graphs_skipped() -> int:
+    """How often Inductor gave up recording a CUDA graph in this process."""
+    return torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
 
 
 def _model(config: Any, variant: str, device: torch.device) -> nn.Module:

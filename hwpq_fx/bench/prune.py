@@ -1,7 +1,7 @@
 """Pruning, quantizing and packing the linears of a decoder layer, beside a copy of as many bytes and beside Wanda."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -95,10 +95,15 @@ def _other_energy(wanted: Sequence[Outputs], outputs: Outputs) -> str:
     return ""
 
 
-def pruning(clock: Clock, decoder: Decoder, seconds: float) -> list[Line]:
-    """Every way to make the linears of one layer 2:4 FP8, in turn, and a copy of the bytes they cannot help moving."""
+def pruning(
+    clock: Clock, decoder: Decoder, seconds: float, known: Callable[[Line], bool] = lambda line: False
+) -> Iterator[Line]:
+    """Every way to make the linears of one layer 2:4 FP8, in turn, and a copy of the bytes they cannot help moving.
+
+    known: of a line without its figures, whether it need not be measured.
+    """
     sets = [_random_layer(clock, decoder) for _ in range(2)]
-    wanted = _references(sets[0])
+    wanted = cache(partial(_references, sets[0]))
     compiled = torch.compile(wanda_quantized, fullgraph=True, dynamic=False)
     ways: list[tuple[str, Callable[..., Outputs], Callable[[Sequence[Outputs], Outputs], str]]] = [
         ("prune_pack24", _ours, _other_bits),
@@ -108,11 +113,18 @@ def pruning(clock: Clock, decoder: Decoder, seconds: float) -> list[Line]:
     ]
     bytes_moved = sum(2 * one.n * one.k + 4 * one.k + packed_bytes(one.n, one.k) for one in decoder.separate)
     weights = sum(one.n * one.k for one in decoder.separate)
-    made = [_copy(clock, bytes_moved, seconds)]
+    moved = {"weights": weights, "bytes": bytes_moved}
+    if not known({"contender": "copy"}):
+        yield moved | _copy(clock, bytes_moved, seconds)
     for name, make, why_wrong in ways:
+        if known({"contender": name}):
+            continue
         calls = [partial(_whole_layer, make, one) for one in sets]
-        made.append({"contender": name, **measured(clock, calls, 2, partial(why_wrong, wanted), seconds)})
-    return [{"weights": weights, "bytes": bytes_moved, **one} for one in made]
+
+        def refused(outputs: Outputs, why_wrong: Callable[..., str] = why_wrong) -> str:
+            return why_wrong(wanted(), outputs)
+
+        yield moved | {"contender": name, **measured(clock, calls, 2, refused, seconds)}
 
 
 def _random_layer(clock: Clock, decoder: Decoder) -> list[Weight]:

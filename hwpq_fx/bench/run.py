@@ -1,6 +1,7 @@
 """A run of `bench`: what is measured in which order, and the JSON it becomes, step by step."""
 
 import gc
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -11,12 +12,12 @@ import torch
 
 from hwpq_fx.kernels.table import table_of
 
-from .contenders import COMPILING, contenders
+from .contenders import COMPILING, STATIC_ROWS, contenders
 from .linears import QUICK_ROWS, ROWS, linears
-from .measure import Clock, GpuLost, copy_bandwidth, matrix_rate, one_line
+from .measure import Clock, GpuLost, copy_bandwidth, matrix_rate, node_us, one_line
 from .models import generation, layers
 from .prune import pruning
-from .report import floor_us, gpu_named, sums, targets
+from .report import OURS, floor_us, gpu_named, sums, targets
 from .shapes import FORMS, MERGED, decoder
 
 FORMAT = 1
@@ -57,16 +58,31 @@ def key_of(line: Line) -> tuple:
 
 
 class Bench:
-    """A run of the plan, whose result is on disk after every step."""
+    """A run of the plan, whose result is on disk after every step. What an earlier run has in `file` is not measured
+    again unless `again`."""
 
-    def __init__(self, clock: Clock, machine: dict[str, Any], effort: Effort, file: Path, say: Callable[[str], None]):
+    def __init__(
+        self,
+        clock: Clock,
+        machine: dict[str, Any],
+        effort: Effort,
+        file: Path,
+        say: Callable[[str], None],
+        again: bool = False,
+    ):
         self.clock, self.effort, self.file, self.say = clock, effort, file, say
         self.started = time.monotonic()
         self.gpu = gpu_named(machine["device"])
-        self.result = fresh(machine) | earlier(file, machine)
+        table = described_table(machine["device"])
+        self.result = fresh(machine) | earlier(file, machine, table)
+        # what need not be measured: nothing is learned from a time twice, nor from a reason
+        self.known = set() if again else {
+            (group, key_of(one)) for group in GROUPS for one in self.result[group]
+            if one["status"] not in ("failed", "wrong")
+        }  # fmt: skip
         self.result |= {
             "machine": machine,
-            "settings": {"seconds": effort.sample, "table": table_of(machine["device"]).source},
+            "settings": {"seconds": effort.sample, "table": table},
             "contenders": {one.name: one.what for one in contenders()},
             "complete": False,
             "stopped": "",
@@ -82,6 +98,7 @@ class Bench:
                 self.result["ceilings"] = {
                     "copy_bytes_per_s": copy_bandwidth(self.clock, self.effort.copy_bytes),
                     "bf16_flops": matrix_rate(self.clock, self.effort.matrix),
+                    "node_us": node_us(self.clock),
                 }
                 for group, model in plan:
                     if not self._group(group, model):
@@ -122,30 +139,32 @@ class Bench:
         if group == "linears" and lines[0]["model"] not in self.result["models"]:
             self.result["models"].append(lines[0]["model"])
 
+    def _knows(self, group: str, model: str) -> Callable[[Line], bool]:
+        return lambda line: (group, key_of({"model": model, **line})) in self.known
+
     def _linears(self, model: str) -> Iterable[list[Line]]:
-        shapes = decoder(model).shapes(self.effort.forms)
-        for lines in linears(self.clock, shapes, self.effort.rows, contenders(), self.effort.sample):
+        shapes, known = decoder(model).shapes(self.effort.forms), self._knows("linears", model)
+        for lines in linears(self.clock, shapes, self.effort.rows, contenders(), self.effort.sample, known):
             what = f"{model}  M = {lines[0]['m']}  {lines[0]['n']} x {lines[0]['k']}"
-            self.say(f"{what}  " + " | ".join(_short(one) for one in lines if one["contender"] in TOLD))
+            told = [one for one in lines if one["contender"] in TOLD] or lines
+            self.say(f"{what}  " + " | ".join(_short(one) for one in told))
             yield [{"model": model, **one, "floor_us": floor_us(one, self.gpu)} for one in lines]
 
     def _prune(self, model: str) -> Iterable[list[Line]]:
-        lines = pruning(self.clock, decoder(model), self.effort.sample)
-        yield self._told([one | {"model": model} for one in lines])
+        lines = pruning(self.clock, decoder(model), self.effort.sample, self._knows("prune", model))
+        return self._told(model, lines)
 
     def _layers(self, model: str) -> Iterable[list[Line]]:
-        for lines in layers(self.clock, model, self.effort.sample):
-            yield self._told([one | {"model": model} for one in lines])
+        return self._told(model, layers(self.clock, model, self.effort.sample, self._knows("layers", model)))
 
     def _generate(self, model: str) -> Iterable[list[Line]]:
-        for lines in generation(self.clock.device, model):
-            yield self._told([one | {"model": model} for one in lines])
+        return self._told(model, generation(self.clock.device, model, self._knows("generate", model)))
 
-    def _told(self, lines: list[Line]) -> list[Line]:
+    def _told(self, model: str, lines: Iterable[Line]) -> Iterable[list[Line]]:
         for one in lines:
             self.say("  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
                                for name, value in one.items() if value != ""))  # fmt: skip
-        return lines
+            yield [one | {"model": model}]
 
     def _write(self) -> Result:
         result = self.result
@@ -164,7 +183,9 @@ def fresh(machine: dict[str, Any]) -> Result:
     return {
         "format": FORMAT,
         "what": "microseconds of a call, medians and quintiles, each from a cold L2 and replayed from a CUDA graph "
-        "unless not_replayed says why; a line without status ok has no time",
+        "unless not_replayed says why; a line without status ok has no time. Of linears, ours are compiled for their "
+        f"very number of rows up to {STATIC_ROWS}, torchao's for one row and for any number; the path tiles by itself "
+        "puts x in its order by a kernel of its own, which in a model is part of what wrote x",
         "machine": machine,
         "settings": {},
         "contenders": {},
@@ -177,16 +198,29 @@ def fresh(machine: dict[str, Any]) -> Result:
 SAME = ("device", "driver", "torch", "triton", "torchao", "sources")
 
 
-def earlier(file: Path, machine: dict[str, Any]) -> Result:
-    """What an earlier run of the same code on the same kind of GPU has measured, to be added to."""
+def earlier(file: Path, machine: dict[str, Any], table: str) -> Result:
+    """What an earlier run of the same code on the same kind of GPU has measured, to be added to; of ours only what went
+    by the same table."""
     if not file.exists():
         return {}
     try:
         found = json.loads(file.read_text())
-        same = found["format"] == FORMAT and all(found["machine"][name] == machine[name] for name in SAME)
-        return {name: found[name] for name in ("models", *GROUPS)} if same else {}
+        if found["format"] != FORMAT or any(found["machine"][name] != machine[name] for name in SAME):
+            return {}
+        stale = "" if found["settings"]["table"] == table else OURS
+        return {"models": found["models"]} | {
+            group: [one for one in found[group] if stale not in (one.get("contender"), one.get("variant"))]
+            for group in GROUPS
+        }
     except (ValueError, KeyError, TypeError):
         return {}
+
+
+def described_table(device: str) -> str:
+    """The table that our products go by: "default", or "measured" and a hash of what it holds."""
+    table = table_of(device)
+    digest = hashlib.sha256(repr(sorted(table.entries.items())).encode()).hexdigest()[:12]
+    return f"{table.source} {digest}" if table.entries else table.source
 
 
 def _short(line: dict[str, Any]) -> str:
