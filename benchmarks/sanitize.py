@@ -1,7 +1,7 @@
 """Run every way to multiply and every Triton kernel of ours once, on small ragged shapes, and check what comes out:
 
-    python benchmarks/sanitize.py                                               the check alone
-    compute-sanitizer --tool memcheck python benchmarks/sanitize.py --quick     with every memory access checked
+    python benchmarks/sanitize.py                                                     the check alone
+    compute-sanitizer --tool memcheck python benchmarks/sanitize.py --quick --own     with every memory access checked
 
 Prints a line for each; exits with 1 where one is wrong, raises, or was never launched.
 """
@@ -15,8 +15,9 @@ from importlib import import_module
 import torch
 
 from hwpq_fx.bench.contenders import fp8_of
-from hwpq_fx.bench.measure import FP8_BOUND, errors_of, one_line
+from hwpq_fx.bench.measure import FP8_BOUND, errors_between, errors_of, one_line
 from hwpq_fx.kernels import Float8Sparse24Tensor, quantize_rows
+from hwpq_fx.kernels.cusparselt24 import rescaled
 from hwpq_fx.kernels.paths import PATHS, Path, target_of
 from hwpq_fx.kernels.prune_pack24 import prune_pack24, prune_pack24_reference
 from hwpq_fx.kernels.select24 import select24, select24_reference
@@ -25,6 +26,7 @@ from hwpq_fx.kernels.survey import kernel_modules
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = ((136, 272), (64, 512), (256, 128))  # N, K
 ROWS = (1, 3, 17, 64, 130)
+OWN = ("gemv", "tiles", "tiles_fp8")  # the others are libraries'
 SALIENCIES = ("contribution", "rank_one", "relative", "magnitude")
 SELECTIONS = ("ewma", "exact", "ewma_streaming")
 # bfloat16 rounds to 2^-9; float32 may be multiplied as tf32
@@ -33,11 +35,11 @@ BOUNDS = {torch.bfloat16: 1e-2, torch.float16: 5e-3, torch.float32: 3e-3}
 Check = tuple[str, Callable[[], str]]
 
 
-def products(quick: bool) -> Iterator[Check]:
-    """Every path that serves, at every shape, number of rows and dtype."""
+def products(quick: bool, own: bool) -> Iterator[Check]:
+    """Every path that serves, or ours alone, at every shape, number of rows and dtype."""
     target = target_of(torch.device(DEVICE))
     arch = target.arch if target else 90
-    for path in PATHS.values():
+    for path in (PATHS[name] for name in (OWN if own else PATHS)):
         for dtype in (torch.bfloat16,) if quick else BOUNDS:
             for n, k in SHAPES[:2] if quick else SHAPES:
                 if why := path.why_not(arch, dtype, n, k):
@@ -55,8 +57,29 @@ def _product(path: Path, dtype: torch.dtype, m: int, n: int, k: int) -> str:
     values, x_scale = quantize_rows(x) if path.fp8 else (x, None)
     torch.full((m, n), math.nan, dtype=dtype, device=DEVICE)  # what the output's memory may hold before
     y = path.product(values, x_scale, *parts, packed.scale, bias, layout, dtype)
+    # the reference on the CPU: a sanitizer would follow the library's float64 product as well
+    y, x, bias, dense = (one.cpu() for one in (y, x, bias, packed.dequantize(torch.float32)))
     given, bound = (fp8_of(x), FP8_BOUND) if path.fp8 else (x, BOUNDS[dtype])
-    return errors_of(y.double() - bias.double(), given, packed.dequantize(torch.float32)).why_refused(bound)
+    return errors_of(y.double() - bias.double(), given, dense).why_refused(bound)
+
+
+def rescalings() -> Iterator[Check]:
+    """What follows cuSPARSELt's products."""
+    for raw, out in ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.float16), (torch.float32, torch.float32)):
+        for biased in (False, True):
+            yield f"rescale {raw} to {out} bias {biased}", lambda args=(raw, out, biased): _rescaled(*args)
+
+
+def _rescaled(raw_dtype: torch.dtype, out_dtype: torch.dtype, biased: bool) -> str:
+    from hwpq_fx.kernels.rescale_triton import rescale
+
+    m, n = 17, 520
+    raw = torch.randn(m, n, device=DEVICE).to(raw_dtype)
+    x_scale, scale = torch.rand(m, 1, device=DEVICE), torch.rand(n, 1, device=DEVICE)
+    bias = torch.randn(n, device=DEVICE).to(out_dtype) if biased else None
+    y = torch.full_like(raw, math.nan, dtype=out_dtype)
+    rescale(raw, x_scale, scale, bias, y)
+    return errors_between(y, rescaled(raw, x_scale, scale, bias, torch.float32)).why_refused(BOUNDS[out_dtype])
 
 
 def choices(quick: bool) -> Iterator[Check]:
@@ -119,11 +142,11 @@ def never_launched() -> list[str]:
     ]
 
 
-def main(quick: bool) -> int:
+def main(quick: bool, own: bool) -> int:
     torch.manual_seed(0)
     failed = 0
     with torch.no_grad():
-        for name, check in (*products(quick), *choices(quick)):
+        for name, check in (*products(quick, own), *rescalings(), *choices(quick)):
             try:
                 why = check()
             except Exception as error:
@@ -143,7 +166,8 @@ def main(quick: bool) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="bfloat16 and two shapes only")
+    parser.add_argument("--own", action="store_true", help="our Triton kernels only, no library's")
     given = parser.parse_args()
     if DEVICE == "cpu":
         parser.exit(2, "no GPU: there is nothing to check\n")
-    sys.exit(main(given.quick))
+    sys.exit(main(given.quick, given.own))
