@@ -144,11 +144,13 @@ def test_a_call_goes_on_from_what_another_left(tmp_path, monkeypatch):
     (tmp_path / "out").rename(tmp_path / "state")
     with tarfile.open(tmp_path / "state" / "cache.tgz") as packed:
         assert packed.getnames()[-1] == "triton/one/kernel"
+    (tmp_path / "state" / "results" / "gpu.json").chmod(0o444)
     monkeypatch.setenv("TMPDIR", str(tmp_path / "another"))
     check = f'cat "$TRITON_CACHE_DIR/one/kernel" "$XDG_CACHE_HOME/hwpq_fx/gpu.json" {tmp_path}/out/results/gpu.json'
     python = fake_python(tmp_path, f'case "$*" in *sanitize*) {check};; esac')
     assert run("--python", python, "--state", tmp_path / "state", "smoke").returncode == 0
     assert json.loads((tmp_path / "out" / "table" / "gpu.json").read_text()) == {}
+    assert os.stat(tmp_path / "out" / "results" / "gpu.json").st_mode & 0o200
     files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
     assert len(files) <= 6
 
