@@ -47,6 +47,8 @@ def test_dry_run_prints_every_step_and_runs_nothing(tmp_path):
     assert [line.split()[0] for line in run("--dry-run", "tune", "smoke").stdout.splitlines()] == [
         "install", "tune", "smoke",
     ]  # fmt: skip
+    sanitizers = [" ".join(line) for line in lines if line[0] in ("memcheck", "racecheck")]
+    assert all("--report-api-errors no" in line and line.endswith("sanitize.py --quick --own") for line in sanitizers)
     by_name = [line.split() for line in run("--dry-run", "accuracy").stdout.splitlines()[1:]]
     assert [line[0] for line in by_name] == ["train", "accuracy"] and by_name[0][3] < by_name[1][3] == "580s"
 
@@ -125,6 +127,16 @@ def test_a_step_is_stopped_at_the_end_of_the_time(tmp_path):
     done = run("--python", python, "--seconds", "37", "smoke", "quick", "tune")
     assert "smoke      stopped at its limit" in done.stdout and "tune       no time left" in done.stdout
     assert done.returncode == 1 and "was told" in (tmp_path / "out" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("xdist", [True, False])
+def test_tests_are_spread_where_that_can_be(tmp_path, xdist):
+    refuses = "exit 0" if xdist else 'case "$2" in "import xdist") exit 1 ;; esac'
+    assert run("--python", fake_python(tmp_path, refuses), "pytest").returncode == 0
+    (command,) = [line for line in (tmp_path / "calls").read_text().splitlines() if "-m pytest" in line]
+    assert ("-n 8 --dist worksteal" in command) == xdist and "tests/test_gpu.py" in command
+    # of others not even the imports are paid for
+    assert "tests/test_convert.py" not in command
 
 
 def test_links_make_the_package(tmp_path):
