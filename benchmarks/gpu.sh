@@ -9,11 +9,11 @@
 #   step              smoke cuts tune quick generate pytest memcheck racecheck block bench; default all of these, in
 #                     this order; accuracy only by name
 #
-# A machine that comes bare with torch, triton and transformers most likely lacks torchao and platformdirs, maybe filelock,
-# click, rich, hypothesis, pytest-xdist:
+# A machine that comes bare with torch, triton and transformers most likely lacks torchao and platformdirs, and maybe
+# filelock, click, rich, hypothesis, pytest-xdist:
 #
 #   pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 -d .whl \
-#       torchao platformdirs
+#       torchao==0.18.0 platformdirs
 #
 # For half an hour of one GPU in calls of ten minutes, each on a machine that is bare again, .state being a copy of what
 # the call before left in $OUT (nothing that counts in machine.sources may change in between, or bench starts over):
@@ -22,10 +22,10 @@
 #   benchmarks/gpu.sh --wheels .whl --state .state generate
 #   benchmarks/gpu.sh --wheels .whl --state .state --seconds 340 pytest memcheck racecheck block bench
 #
-# quick, generate and bench add to one file and leave out what it has. accuracy trains the model of small_llama.py first,
-# unless a run before on this machine did: where the time is not enough for both, call it again. No step stops another;
-# each has its own time limit. Logs, a summary, the table that tune made (table/) and the JSON (results/) go to $OUT, or
-# to gpu-out, and compiled code in cache.tgz where that is less than 16 MiB. Exits with 1 where a step was not ok.
+# quick, generate and bench add to one file and leave out what it has. accuracy trains the model of small_llama.py
+# first, unless a run before on this machine did: where the time is not enough for both, call it again. No step stops
+# another; each has its own time limit. Logs, a summary, the table that tune made (table/) and the JSON (results/) go to
+# $OUT, or to gpu-out, and compiled code in cache.tgz where that is less than 16 MiB. Exits with 1 where a step was not ok.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
