@@ -3,7 +3,8 @@
 What runs before the blocks (embeddings, masks, positions) runs once for each batch and leaves the first hidden states
 and the other arguments of the blocks on disk. Then one block after the other is read from the shards and observed on
 all hidden states, which become the next block's; and its layers are compressed one by one. What is observed is the
-dense model, so masks and bits are those of `hwpq_fx.convert` on the same batches.
+dense model without a cache of keys and values, so masks and bits are those of `hwpq_fx.convert` on the same batches
+with use_cache=False, but for what the order of sums rounds otherwise.
 """
 
 import json
@@ -28,7 +29,7 @@ from .layers import Layer, check_patterns, layers_of, left_out
 from .report import REPORT_METADATA, LayerReport, Report
 from .resume import Run, fingerprint
 from .shards import INDEX, Shards, metadata_of, write, written
-from .skeleton import Call, Front, Skeleton, run_block
+from .skeleton import Call, Front, Skeleton, hidden_of, run_block
 from .statistics import CalibrationRecorder
 
 BLOCK = "hwpq_fx.block"
@@ -46,7 +47,8 @@ def compress_checkpoint(
     progress: bool = False,
 ) -> Report:
     """Convert the causal language model in the folder `source` (safetensors) into the new folder `out`, with one
-    decoder block in memory at a time. `from_pretrained(out)` loads it; its bits are those of `hwpq_fx.convert`.
+    decoder block in memory at a time. `from_pretrained(out)` loads it; its bits are those of `hwpq_fx.convert` on the
+    batches with use_cache=False, up to rounding.
 
     batches: token ids, int64 [B, L], or mappings with "input_ids" and perhaps a 2-D "attention_mask"; None converts
     without calibration.
@@ -188,7 +190,7 @@ class _Conversion:
             for number, call in enumerate(calls):
                 recorder.begin_call(cast(list, self.batches)[number].get("attention_mask"))
                 tensors = [tensor.to(device) for tensor in run.arguments(number)]
-                made = run_block(block, call, run.hidden(index, number).to(device), tensors)
+                made = hidden_of(run_block(block, call, run.hidden(index, number).to(device), tensors))
                 if index + 1 < len(self.skeleton.blocks):
                     run.write_hidden(index + 1, number, made)
         return recorder.uses
@@ -200,9 +202,9 @@ class _Conversion:
         tensors: dict[str, torch.Tensor] = {}
         table: dict[str, Stored] = {}
         lines = []
-        layers = {self.skeleton.stored[f"{layer.name}.weight"]: layer for layer in self._layers_in(block)}
-        for name in self._stored(index):
-            weight, layer = self._read(name, self.skeleton.device), layers.get(name)
+        layers = {id(layer.parameter): layer for layer in self._layers_in(block)}
+        for name, dense in zip(self._stored(index), block.state_dict(keep_vars=True).values(), strict=True):
+            weight, layer = self._read(name, self.skeleton.device), layers.get(id(dense))
             if layer is None or layer.static_use is None:
                 tensors[name] = weight.cpu()
                 continue

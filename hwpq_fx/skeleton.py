@@ -1,7 +1,8 @@
 """A causal language model on the meta device, whose modules are given their weights for as long as they run."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -9,10 +10,12 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import CalibrationError, ModelError, first_line
 from .shards import Shards
 
+ALONE = "its blocks cannot be run one by one, use hwpq_fx.convert"
 CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
@@ -45,7 +48,8 @@ class Skeleton:
 
     def __init__(self, shards: Shards, device: torch.device):
         self.shards, self.device = shards, device
-        self.model = on_meta(shards.folder, lambda: shards.dtype).eval().requires_grad_(False)
+        # to meta once more: DiffLlama draws its lambdas wherever that may be
+        self.model = on_meta(shards.folder, lambda: shards.dtype).eval().requires_grad_(False).to("meta")
         self._compute_buffers()
         self.name, self.blocks = blocks_of(self.model)
         self.stored = self._stored_names()
@@ -144,7 +148,21 @@ HIDDEN = _Place(-1)
 
 
 class _Enough(Exception):
-    """All blocks have been called."""
+    """The blocks that matter have been called."""
+
+
+class _Apart:
+    """Stands for what a block returns beside the hidden states: the next one cannot be given it."""
+
+
+class _NoMeta(TorchDispatchMode):
+    """Refuses ops on the meta device: where such a tensor meets one with values, torch may read what it never wrote."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        if any(isinstance(one, torch.Tensor) and one.is_meta for one in pytree.tree_leaves((args, kwargs))):
+            raise ModelError(f"outside of its blocks the model uses weights of theirs, or its head ({func}): {ALONE}")
+        return func(*args, **kwargs)
 
 
 class Front:
@@ -152,87 +170,109 @@ class Front:
 
     def __init__(self, skeleton: Skeleton):
         self.skeleton = skeleton
-        self._tuples = False
+        self._returned: Callable[[torch.Tensor], Any] | None = None
+        """What a block returns, with these hidden states in it."""
 
     def run(self, batch: dict[str, Any]) -> tuple[torch.Tensor, list[Call], list[torch.Tensor]]:
-        """The hidden states that the first block is given, how each block is called, and the tensors in that."""
+        """The hidden states that the first block is given, how each block is called, and the tensors in that. Raises
+        CalibrationError where the model refuses the batch, ModelError where its blocks cannot be run one by one."""
         try:
-            return self._run(batch)
+            if self._returned is None:
+                hidden, calls, tensors = self._run(batch, 1)
+                block = self.skeleton.blocks[0]
+                with self.skeleton.filled(f"{self.skeleton.name}.0.", block):
+                    self._returned = _returning(run_block(block, calls[0], hidden, tensors))
+            return self._run(batch, len(self.skeleton.blocks))
+        except ModelError:
+            raise
         except Exception as error:
-            # models whose blocks return a tuple cannot go on with the tensor that passes through
-            try:
-                self._tuples = not self._tuples
-                return self._run(batch)
-            except Exception:
-                first = (str(error).strip().splitlines() or [""])[0]
-                raise CalibrationError(f"the model refused a batch: {type(error).__name__}: {first}") from error
+            raise CalibrationError(f"the model refused a batch: {type(error).__name__}: {first_line(error)}") from error
 
-    def _run(self, batch: dict[str, Any]) -> tuple[torch.Tensor, list[Call], list[torch.Tensor]]:
-        hidden: list[torch.Tensor] = []
+    def _run(self, batch: dict[str, Any], count: int) -> tuple[torch.Tensor, list[Call], list[torch.Tensor]]:
+        """As far as the call of block `count`."""
         calls: list[Call] = []
         tensors: list[torch.Tensor] = []
+        first = passed = torch.empty(0)  # hidden states: the first block's, and those that the last one returned
 
-        def called(*args: Any, **kwargs: Any) -> Any:
-            given = args[0] if args else kwargs["hidden_states"]
-            hidden.append(given) if not hidden else None
-            rest = (HIDDEN, *args[1:]), kwargs
-            if not args:
-                rest = (), kwargs | {"hidden_states": HIDDEN}
-            leaves, spec = pytree.tree_flatten(rest)
-            calls.append(Call([_noted(leaf, tensors) for leaf in leaves], spec))
-            if len(calls) == len(self.skeleton.blocks):
+        def called(index: int, *args: Any, **kwargs: Any) -> Any:
+            nonlocal first, passed
+            if index != len(calls):
+                raise ModelError(f"the model calls its blocks in another order than it lists them: {ALONE}")
+            hidden = args[0] if args else kwargs.get("hidden_states")
+            if not isinstance(hidden, torch.Tensor):
+                raise ModelError(f"the model hands its blocks a {type(hidden).__name__} first: {ALONE}")
+            if not calls:
+                # NaN for those after: whatever else the model makes of them shows
+                first, passed = hidden, torch.full_like(hidden, torch.nan)
+            elif hidden is not passed or hidden._version:
+                raise ModelError(f"the model changes the hidden states between its blocks: {ALONE}")
+            leaves, spec = pytree.tree_flatten((args, kwargs))
+            calls.append(Call([_noted(leaf, hidden, tensors) for leaf in leaves], spec))
+            if len(calls) == count:
                 raise _Enough
-            return (given,) if self._tuples else given
+            passed = passed.detach()  # another tensor for each block
+            return cast(Callable, self._returned)(passed)
 
-        with self._weights_on_demand(), _forwards(self.skeleton.blocks, called):
+        with ExitStack() as stack:
+            for prefix, module in self._outside():
+                stack.enter_context(self.skeleton.filled(prefix, module, recurse=False))
+            stack.enter_context(_forwards(self.skeleton.blocks, called))
             try:
-                self.skeleton.model(**batch | {"use_cache": False})
+                with _NoMeta():
+                    self.skeleton.model(**batch | {"use_cache": False})
             except _Enough:
-                return hidden[0], calls, tensors
+                _check_values(first, tensors)
+                return first, calls, tensors
         raise ModelError(f"the model called {len(calls)} of its {len(self.skeleton.blocks)} blocks")
 
-    @contextmanager
-    def _weights_on_demand(self) -> Iterator[None]:
-        """A module outside of the blocks has its own weights while it runs, and only then."""
-        within = set(chain.from_iterable(block.modules() for block in self.skeleton.blocks))
-        held: dict[nn.Module, Any] = {}
-        hooks = []
-
-        def before(name: str, module: nn.Module) -> None:
-            held[module] = self.skeleton.filled(f"{name}." if name else "", module, recurse=False)
-            held[module].__enter__()
-
-        def after(module: nn.Module) -> None:
-            held.pop(module).__exit__(None, None, None)
-
-        for name, module in self.skeleton.model.named_modules():
-            if module not in within:
-                hooks.append(module.register_forward_pre_hook(lambda module, _, name=name: before(name, module)))
-                hooks.append(module.register_forward_hook(lambda module, _, __: after(module), always_call=True))
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for module in list(held):
-                after(module)
+    def _outside(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules outside of the blocks, with prefixes for `filled`, but for the head: it is large, and comes last.
+        All at once: a parent may look at its child's weight before it calls that."""
+        model = self.skeleton.model
+        apart = set(chain.from_iterable(block.modules() for block in self.skeleton.blocks))
+        apart.add(model.get_output_embeddings())
+        for name, module in model.named_modules():
+            if module not in apart:
+                yield f"{name}." if name else "", module
 
 
-def _noted(leaf: Any, tensors: list[torch.Tensor]) -> Any:
+def _check_values(hidden: torch.Tensor, tensors: list[torch.Tensor]) -> None:
+    if not hidden.isfinite().all():
+        raise ModelError("the first block is given NaN or Inf: are the embeddings finite?")
+    # masks hold -Inf
+    if any(tensor.is_floating_point() and bool(tensor.isnan().any()) for tensor in tensors):
+        raise ModelError(f"the model hands its blocks what it makes of others' hidden states, or NaN: {ALONE}")
+
+
+def _returning(made: Any) -> Callable[[torch.Tensor], Any]:
+    """What returns hidden states in the way a block has returned `made`."""
+    hidden_of(made)
+    if isinstance(made, torch.Tensor):
+        return lambda hidden: hidden
+    others = [one if isinstance(one, CONSTANTS) else _Apart() for one in made[1:]]
+    return lambda hidden: [hidden, *others] if isinstance(made, list) else (hidden, *others)
+
+
+def _noted(leaf: Any, hidden: torch.Tensor, tensors: list[torch.Tensor]) -> Any:
     """A leaf of a block's arguments as a `Call` keeps it."""
+    if leaf is hidden:
+        return HIDDEN
     if isinstance(leaf, torch.Tensor):
         place = next((at for at, one in enumerate(tensors) if one is leaf), len(tensors))
         tensors.extend([leaf] if place == len(tensors) else [])
         return _Place(place)
-    if not isinstance(leaf, (*CONSTANTS, _Place)):
-        raise ModelError(f"the model hands its blocks a {type(leaf).__name__}: they cannot be run one by one")
+    if isinstance(leaf, _Apart):
+        raise ModelError(f"the model hands its blocks more of each other's results than the hidden states: {ALONE}")
+    if not isinstance(leaf, CONSTANTS):
+        raise ModelError(f"the model hands its blocks a {type(leaf).__name__}: {ALONE}")
     return leaf
 
 
 @contextmanager
-def _forwards(blocks: Iterable[nn.Module], forward: Any) -> Iterator[None]:
-    for block in blocks:
-        vars(block)["forward"] = forward
+def _forwards(blocks: Iterable[nn.Module], forward: Callable) -> Iterator[None]:
+    """Each block runs `forward`, which is given its index first."""
+    for index, block in enumerate(blocks):
+        vars(block)["forward"] = partial(forward, index)
     try:
         yield
     finally:
@@ -240,11 +280,20 @@ def _forwards(blocks: Iterable[nn.Module], forward: Any) -> Iterator[None]:
             del vars(block)["forward"]
 
 
-def run_block(block: nn.Module, call: Call, hidden: torch.Tensor, tensors: list[torch.Tensor]) -> torch.Tensor:
-    """What the block makes of these hidden states."""
+def run_block(block: nn.Module, call: Call, hidden: torch.Tensor, tensors: list[torch.Tensor]) -> Any:
+    """What the block returns for these hidden states."""
     leaves = [
         (hidden if leaf == HIDDEN else tensors[leaf]) if isinstance(leaf, _Place) else leaf for leaf in call.leaves
     ]
     args, kwargs = pytree.tree_unflatten(leaves, call.spec)
-    made = block(*args, **kwargs)
-    return cast(torch.Tensor, made[0] if isinstance(made, tuple) else made)
+    return block(*args, **kwargs)
+
+
+def hidden_of(returned: Any) -> torch.Tensor:
+    """The hidden states in what a block returns: that, or the first of it. Raises ModelError."""
+    first = returned[0] if isinstance(returned, (tuple, list)) and returned else returned
+    if not isinstance(first, torch.Tensor):
+        raise ModelError(f"a block returns a {type(first).__name__}, not hidden states: {ALONE}")
+    if first.is_meta:
+        raise ModelError(f"a block needs values that no checkpoint holds: {ALONE}")
+    return first
