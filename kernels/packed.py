@@ -152,10 +152,13 @@ class Float8Sparse24Tensor(TorchAOBaseTensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        # inference mode hands composite ops (chunk, narrow, to) over whole; torchao's table holds the others
-        if func not in cls._ATEN_OP_TABLE[cls] and (out := func.decompose(*args, **kwargs or {})) is not NotImplemented:
+        kwargs = kwargs or {}
+        if func in cls._ATEN_OP_TABLE[cls]:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        # inference mode hands composite ops (chunk, narrow, to) over whole
+        if (out := func.decompose(*args, **kwargs)) is not NotImplemented:
             return out
-        return super().__torch_dispatch__(func, types, args, kwargs or {})
+        raise NotImplementedError(f"a packed weight has no {func}: put weight.dequantize() in its place first")
 
     def wants_layout(self) -> bool:
         """Whether what is made of it gets a second layout."""

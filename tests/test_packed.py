@@ -222,8 +222,9 @@ def test_odds_and_ends():
     assert weight.is_pinned() is False
     assert weight.share_memory_() is weight
     assert weight.qdata.is_shared()
-    with pytest.raises(NotImplementedError):
-        weight.abs()
+    for call in (weight.abs, lambda: weight.mean(0), lambda: weight.div_(2), lambda: nn.init.normal_(weight)):
+        with pytest.raises(NotImplementedError, match=r"has no aten\.\w+\.\w+: put weight\.dequantize\(\) in"):
+            call()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
