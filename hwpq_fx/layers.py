@@ -110,13 +110,13 @@ def _routes(layer: Layer, experts: list[str], shape: torch.Size) -> bool:
 
 
 def stacked_of(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Weights that hold a matrix for each expert, [experts, ...]: not converted, but often most of the model."""
+    """Weights that hold a matrix for each expert, [experts, ., .]: not converted, but often most of the model."""
     return [
         (f"{prefix}.{attribute}".lstrip("."), parameter)
         for prefix, module in model.named_modules()
         if not type(module).__module__.startswith("torch.nn.")  # convolutions
         for attribute, parameter in module.named_parameters(recurse=False)
-        if not is_lazy(parameter) and parameter.dim() == 3 and parameter.shape[0] > 1
+        if not is_lazy(parameter) and parameter.dim() == 3 and min(parameter.shape) > 1
     ]
 
 

@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 import hwpq_fx
+from hwpq_fx.layers import stacked_of
 from models import MODELS, call, dequantized
 
 
@@ -61,3 +63,16 @@ def test_expert_weights_are_named_in_the_report():
     # but for whom asks for it
     hwpq_fx.convert(again, [MODELS["llama"][1](2, 12)], hwpq_fx.HWPQConfig(targets=["mlp.gate"]))
     assert [line.name for line in hwpq_fx.report(again).converted] == ["model.layers.0.mlp.gate"]
+
+
+class _Heads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Parameter(torch.ones(4, 8, 8))
+        self.scale, self.row, self.column, self.single = (
+            nn.Parameter(torch.ones(shape)) for shape in ((4, 1, 1), (4, 1, 8), (4, 8, 1), (1, 8, 8))
+        )
+
+
+def test_scales_per_head_are_no_matrices():
+    assert [name for name, _ in stacked_of(_Heads())] == ["gate"]
