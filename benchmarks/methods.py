@@ -14,7 +14,7 @@ from torch import nn
 from hwpq_fx import HWPQConfig
 from hwpq_fx.bench.machine import describe_machine
 from hwpq_fx.compensation import compensate
-from hwpq_fx.compress import product_dtype
+from hwpq_fx.compress import rounded
 from hwpq_fx.kernels import Float8Sparse24Tensor, best_two, quantize_rows, quantize_weight_rows
 from hwpq_fx.kernels.saliency import score
 from hwpq_fx.reconstruction import refine
@@ -62,7 +62,7 @@ def cg(rounds: int, steps: int) -> Method:
 
     def method(weight: torch.Tensor, gram: torch.Tensor) -> Pruned:
         mask = by_score(OURS.saliency)(weight, gram).mask
-        return Pruned(*refine(weight, mask, gram, rounds, steps, dtype=product_dtype(weight.device)))
+        return Pruned(*refine(weight, mask, gram, rounds, steps, fast=rounded(gram)))
 
     return method
 

@@ -19,8 +19,9 @@ from .config import PLAIN, SPARSE_2D, HWPQConfig
 from .curvature import combined
 from .errors import CalibrationError, ConfigError, ModelError
 from .float8 import dense_float8, mm_compatible
+from .gram import MatrixFree, Rounded
 from .layers import STACKED, Layer, stacked_of
-from .reconstruction import Gram, MatrixFree, reconstruct, reconstruction_loss, refine
+from .reconstruction import reconstruct, reconstruction_loss, refine
 from .report import LayerReport
 from .selection import Selection, select_ratio
 from .statistics import InputStatistics
@@ -48,7 +49,7 @@ class Span(NamedTuple):
     stop: int
     sum_sq: torch.Tensor | None
     rows: int
-    curvature: tuple[Gram, str] | None
+    curvature: tuple[torch.Tensor | MatrixFree, str] | None
 
 
 def cannot_compress(layer: Layer, uses: list[Use], config: HWPQConfig) -> str:
@@ -129,9 +130,10 @@ def compress(
         mask, share = _select(part, span.sum_sq, config)
         settled += share * (span.stop - span.start) / weight.shape[0]
         kept_weights += int(mask.count_nonzero())  # a sum would be made in int64
+        product = rounded(span.curvature[0]) if span.curvature else None
         aims = repeat(None) if drift is None else _parts(drift[span.start : span.stop])
         for rows, kept, aim in zip(_parts(part), _parts(mask), aims, strict=False):
-            new = _packed(*_compensate(rows, kept, span, config, aim), config)
+            new = _packed(*_compensate(rows, kept, span, config, aim, product), config)
             errors.append(_squared_errors(rows, new, span))
             made.append(new)
 
@@ -291,7 +293,12 @@ def _compensation_of(span: Span, config: HWPQConfig) -> str:
 
 
 def _compensate(
-    weight: torch.Tensor, mask: torch.Tensor, span: Span, config: HWPQConfig, drift: torch.Tensor | None
+    weight: torch.Tensor,
+    mask: torch.Tensor,
+    span: Span,
+    config: HWPQConfig,
+    drift: torch.Tensor | None,
+    product: Rounded | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The weight to store, the mask it ends with, and a factor per row."""
     if span.curvature is None:
@@ -299,22 +306,23 @@ def _compensate(
     gram, _ = span.curvature
     # a sample says less than all rows do: hold on to the original weight more
     damping = 0.1 if isinstance(gram, MatrixFree) else 0.01
-    dense, dtype = weight.float(), product_dtype(weight.device)
+    dense = weight.float()
     if config.sparsity == "2:4":
         blocks = gram.blocks if isinstance(gram, MatrixFree) else None
-        new, mask = refine(dense, mask, gram, config.cg_rounds, config.cg_steps, damping, blocks, drift, dtype)
+        new, mask = refine(dense, mask, gram, config.cg_rounds, config.cg_steps, damping, blocks, drift, product)
     else:
         diagonal = gram.diagonal if isinstance(gram, MatrixFree) else None
         steps = config.cg_steps * (config.cg_rounds + 1)
-        new = reconstruct(dense, mask, gram, steps, damping, diagonal, drift, dtype)
+        new = reconstruct(dense, mask, gram, steps, damping, diagonal, drift, product)
     return new.to(weight.dtype), mask, torch.ones(weight.shape[0], dtype=torch.float32, device=weight.device)
 
 
-def product_dtype(device: torch.device) -> torch.dtype:
-    """What conjugate gradients multiply in on `device`: bfloat16 where it is faster than float32."""
+def rounded(gram: torch.Tensor | MatrixFree) -> Rounded | None:
+    """What conjugate gradients multiply with: bfloat16 where its device multiplies that faster than float32."""
+    device = gram.device if isinstance(gram, torch.Tensor) else gram.sample.device
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
-    return cpu_product_dtype(torch.float32) if device.type == "cpu" else torch.float32
+        return Rounded(gram) if torch.cuda.get_device_capability(device) >= (8, 0) else None
+    return Rounded(gram) if device.type == "cpu" and cpu_product_dtype(torch.float32) == torch.bfloat16 else None
 
 
 def _squared_errors(weight: torch.Tensor, made: Any, span: Span) -> tuple[float, float]:

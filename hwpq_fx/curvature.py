@@ -5,7 +5,7 @@ from functools import reduce
 
 import torch
 
-from .reconstruction import Gram, MatrixFree
+from .gram import MatrixFree
 
 # Rows of a sample. MiniLM: 2048 of 7313 rows keep nine tenths of what all of them give, 512 rows three quarters.
 SAMPLE_ROWS = 4096
@@ -91,7 +91,7 @@ class CurvatureBudget:
         return (torch.cuda.mem_get_info(device)[0] + self.taken) // 2 if device.type == "cuda" else CPU_BYTES
 
 
-def combined(parts: Sequence[Curvature | None], device: torch.device) -> tuple[Gram, str] | None:
+def combined(parts: Sequence[Curvature | None], device: torch.device) -> tuple[torch.Tensor | MatrixFree, str] | None:
     """The inputs of several calls taken as one, and what to call it in the report. None where one is missing, or where
     they are of both kinds."""
     grams = [part.matrix.to(device) for part in parts if isinstance(part, GramMatrix)]

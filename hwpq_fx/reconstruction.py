@@ -7,64 +7,22 @@ error ||X (W - W')^T||_F^2 is the sum over the rows of e G e^T with e = w' - w.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 from itertools import combinations
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hwpq_fx.kernels.saliency import unit_scaled
 
-__all__ = ["Gram", "MatrixFree", "rechoose", "reconstruct", "reconstruction_loss", "refine"]
+from .gram import SINGULAR, Gram, Product, Rounded, size_of
 
-Product: TypeAlias = Callable[[Tensor], Tensor]
-Gram: TypeAlias = Tensor | Product  # X^T X [K, K], or V -> V X^T X of float32 [N, K]
+__all__ = ["rechoose", "reconstruct", "reconstruction_loss", "refine"]
 
 EPS = torch.finfo(torch.float32).eps
-# Of the squared slope: about what products in these can resolve. What follows is rounding, and may lead anywhere.
-CONVERGED = {torch.float32: 2.0**-40, torch.bfloat16: 2.0**-14}
-SINGULAR = 2.0**-20  # of a weight's own curvature: what is left of less beside its neighbour is rounding
+# Of the squared slope: about what float32 products can resolve. What follows is rounding, and may lead anywhere.
+CONVERGED = 2.0**-40
 PAIRS = tuple(combinations(range(4), 2))
-
-
-class MatrixFree:
-    """V -> (V X^T) X for a sample X of the inputs: where there are too many channels to hold X^T X.
-
-    sample: [R, K], any floating dtype; not copied. max_bytes bounds each of a product's temporaries, down to one row
-    of X or one column for V. Raises ValueError: a sample that is not floating point, not 2-D or empty.
-    """
-
-    def __init__(self, sample: Tensor, max_bytes: int = 2**26):
-        if sample.dim() != 2 or sample.numel() == 0 or not sample.is_floating_point():
-            raise ValueError(f"sample must be floating point [R, K], got {sample.dtype} {list(sample.shape)}")
-        self.sample, self.max_bytes = sample.detach(), max_bytes
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """rows: [N, K], in the dtype to multiply in. Returns float32 [N, K]."""
-        out = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
-        for part in self._parts(max(rows.shape), rows.dtype):
-            out += rows @ part.T @ part
-        return out
-
-    @property
-    def diagonal(self) -> Tensor:
-        """float32 [K], of X^T X."""
-        return torch.linalg.vector_norm(self.sample, dim=0, dtype=torch.float32).square_()
-
-    @property
-    def blocks(self) -> Tensor:
-        """float32 [K/4, 4, 4], of X^T X along its diagonal."""
-        channels = self.sample.shape[1]
-        out = torch.zeros(channels // 4, 4, 4, dtype=torch.float32, device=self.sample.device)
-        for part in self._parts(channels):
-            groups = part.view(-1, channels // 4, 4).transpose(0, 1)
-            out.baddbmm_(groups.mT, groups)
-        return out
-
-    def _parts(self, width: int, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
-        for part in self.sample.split(max(1, self.max_bytes // (4 * width))):
-            yield part.to(dtype)
 
 
 def reconstruct(
@@ -75,7 +33,7 @@ def reconstruct(
     damping: float = 1e-2,
     diagonal: Tensor | None = None,
     drift: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
+    fast: Rounded | None = None,
 ) -> Tensor:
     """The kept weights that best make up for the pruned ones: float32 [N, K], zero where pruned.
 
@@ -89,13 +47,13 @@ def reconstruct(
     weight: [N, K], any float dtype; computed in float32. mask: bool [N, K], True = kept, in any pattern. gram: X^T X
     [K, K], or a function V -> V X^T X; with a function, diagonal float32 [K] is that of X^T X. drift: W (D - X)^T X
     float32 [N, K], where the outputs to aim at are those of other inputs D than X, say of the layers before as they
-    were: then ||D W^T - X W'^T||^2 is what is minimised and what does not rise. dtype: of the products but the first
-    and the last, which judge: torch.bfloat16 where that multiplies faster; the solution is as exact as its rounding.
+    were: then ||D W^T - X W'^T||^2 is what is minimised and what does not rise. fast: multiplies instead
+    of gram, but for the first product and the last, which judge.
 
     Raises ValueError: shapes or dtypes that do not fit, a function without its diagonal, weights or a diagonal that
     are not finite, a negative diagonal or damping.
     """
-    problem = _problem(weight, mask, gram, damping, diagonal, drift, dtype)
+    problem = _problem(weight, mask, gram, damping, diagonal, drift, fast)
     begin = _measured(problem, problem.unit * mask)
     loss, new = begin.loss, _solve(problem, begin, mask, steps).new
     return (torch.where(_no_worse(problem, new, loss), new, problem.unit * mask) * problem.back).float()
@@ -110,18 +68,18 @@ def refine(
     damping: float = 1e-2,
     blocks: Tensor | None = None,
     drift: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
+    fast: Rounded | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`reconstruct` with half the steps, and as often as `rounds` says `rechoose` and more steps from there; the last
     time all of them. The new weight float32 [N, K] and its mask, bool [N, K].
 
     A row takes a new mask where that lowers its loss, and none ends above its weight masked by `mask`. With h the
-    half of the steps, rounded up, rounds * (h + 1) + steps + 2 products with G in all, of which two are float32
-    whatever the dtype. The arguments and errors are those of `reconstruct` and `rechoose`; mask keeps two of every
-    four, and with a function blocks are needed.
+    half of the steps, rounded up, rounds * (h + 1) + steps + 2 products with G in all, two of them not `fast`. The
+    arguments and errors are those of `reconstruct` and `rechoose`; mask keeps two of every four, and with a function
+    blocks are needed.
     """
     blocks = _blocks(gram, blocks, weight.shape[-1])
-    problem = _problem(weight, mask, gram, damping, _block_diagonal(blocks), drift, dtype)
+    problem = _problem(weight, mask, gram, damping, _block_diagonal(blocks), drift, fast)
     blocks = blocks / problem.size
     begin = _measured(problem, problem.unit * mask)
     loss, half = begin.loss, -(-steps // 2)
@@ -146,7 +104,8 @@ def reconstruction_loss(weight: Tensor, new: Tensor, gram: Gram) -> Tensor:
     Raises ValueError: shapes that do not fit, weights or a diagonal that are not finite, a negative diagonal.
     """
     _check(weight, new)
-    product, size = _unit_product(gram, _diagonal(gram, None, weight.shape[1]) if isinstance(gram, Tensor) else None)
+    size = size_of(_diagonal(gram, None, weight.shape[1])) if isinstance(gram, Tensor) else 1.0
+    product = _unit_product(gram, size)
     unit, back = _unit_rows(weight)
     error = (new.detach() / back).float().sub_(unit)
     return (_dot(error, product(error), torch.float64) * back.square() * size).clamp_min_(0).squeeze(1)
@@ -171,7 +130,8 @@ def rechoose(
     _check(weight, new)
     channels = weight.shape[1]
     blocks = _blocks(gram, blocks, channels)
-    product, size = _unit_product(gram, _diagonal(gram, _block_diagonal(blocks), channels))
+    size = size_of(_diagonal(gram, _block_diagonal(blocks), channels))
+    product = _unit_product(gram, size)
     unit, back = _unit_rows(weight)
     now = (new.detach() / back).float()
     slope = product(now - unit).sub_(_unit_drift(drift, back, size))
@@ -179,8 +139,8 @@ def rechoose(
 
 
 class _Problem(NamedTuple):
-    """At unit scale: unit [N, K] the weight, the product with G, exact and in the dtype that is fast, and G's diagonal;
-    back [N, 1] and size undo it; converged is a share of the squared slope to stop at."""
+    """At unit scale: unit [N, K] the weight, the product with G, exact and fast, and G's diagonal; back [N, 1] and size
+    undo it."""
 
     unit: Tensor
     product: Product
@@ -190,7 +150,6 @@ class _Problem(NamedTuple):
     drift: Tensor
     back: Tensor
     size: float
-    converged: float
 
 
 class _Fit(NamedTuple):
@@ -212,7 +171,7 @@ def _problem(
     damping: float,
     diagonal: Tensor | None,
     drift: Tensor | None,
-    dtype: torch.dtype,
+    fast: Rounded | None,
 ) -> _Problem:
     _check(weight, mask)
     if mask.dtype != torch.bool:
@@ -220,15 +179,15 @@ def _problem(
     if not 0 <= damping < math.inf:
         raise ValueError(f"damping must be finite and not negative, got {damping}")
     diagonal = _diagonal(gram, diagonal, weight.shape[1])
-    product, size = _unit_product(gram, diagonal)
+    size = size_of(diagonal) if fast is None else fast.size
+    product = _unit_product(gram, size)
     diagonal = diagonal / size
     unit, back = _unit_rows(weight)
     if drift is not None:
         _check(weight, drift)
     drift = _unit_drift(drift, back, size)
-    fast = product if dtype == torch.float32 else _fast_product(gram, size, dtype)
     shift = damping * float(diagonal.mean())
-    return _Problem(unit, product, fast, diagonal, shift, drift, back, size, CONVERGED[dtype])
+    return _Problem(unit, product, fast or product, diagonal, shift, drift, back, size)
 
 
 def _measured(problem: _Problem, new: Tensor) -> _Fit:
@@ -264,7 +223,7 @@ def _solve(problem: _Problem, start: _Fit, kept: Tensor, steps: int) -> _Fit:
     inverse = torch.where(scale > 0, -1 / scale, 0) * kept
     direction = slope * inverse
     size = -_dot(slope, direction)
-    enough, span, going = size * problem.converged, size, torch.ones_like(size, dtype=torch.bool)
+    enough, span, going = size * CONVERGED, size, torch.ones_like(size, dtype=torch.bool)
     for _ in range(steps):
         curved = problem.fast(direction).add_(direction, alpha=problem.shift)
         curvature = _dot(direction, curved)
@@ -314,23 +273,12 @@ def _planes(x: Tensor) -> Tensor:
     return x.view(x.shape[0], -1, 4).permute(2, 0, 1).contiguous()
 
 
-def _unit_product(gram: Gram, diagonal: Tensor | None) -> tuple[Product, float]:
-    """The product with G / size; size is the power of two that brings the diagonal's largest to [0.5, 1)."""
-    # The clamp keeps it and its inverse within float32.
-    exponent = 0 if diagonal is None else math.frexp(float(diagonal.amax()))[1]
-    size = 2.0 ** max(-126, min(126, exponent))
+def _unit_product(gram: Gram, size: float) -> Product:
+    """The product with G / size."""
     if isinstance(gram, Tensor):
         matrix = gram.detach().float()
-        return lambda rows: (rows @ matrix).div_(size), size
-    return lambda rows: gram(rows) / size, size
-
-
-def _fast_product(gram: Gram, size: float, dtype: torch.dtype) -> Product:
-    """The product with G / size, with factors and result rounded to `dtype`."""
-    if isinstance(gram, Tensor):
-        matrix = gram.detach().to(dtype).div_(size)
-        return lambda rows: (rows.to(dtype) @ matrix).float()
-    return lambda rows: gram(rows.to(dtype)).float().div_(size)
+        return lambda rows: (rows @ matrix).div_(size)
+    return lambda rows: gram(rows) / size
 
 
 def _unit_rows(weight: Tensor) -> tuple[Tensor, Tensor]:

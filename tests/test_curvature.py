@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from hwpq_fx import ConfigError, HWPQConfig, convert, report
 from hwpq_fx.curvature import CurvatureBudget, GramMatrix, RowSample, combined
-from hwpq_fx.reconstruction import MatrixFree
+from hwpq_fx.gram import MatrixFree
 
 CPU = torch.device("cpu")
 

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hwpq_fx.gram import MatrixFree, Rounded
 from hwpq_fx.kernels import select24
-from hwpq_fx.reconstruction import MatrixFree, rechoose, reconstruct, reconstruction_loss, refine
+from hwpq_fx.reconstruction import rechoose, reconstruct, reconstruction_loss, refine
 
 torch.set_num_threads(2)
 
@@ -470,7 +471,7 @@ def test_bfloat16_products_inside_end_near_float32_and_make_no_row_worse(seed, f
     weight, mask, x, gram = problem(seed, 8, channels, samples, shared)
     given = MatrixFree(x) if free else gram
     blocks = given.blocks if free else None
-    new, chosen = refine(weight, mask, given, blocks=blocks, dtype=torch.bfloat16)
+    new, chosen = refine(weight, mask, given, blocks=blocks, fast=Rounded(given))
     exact = refine(weight, mask, given, blocks=blocks)[0]
     start, after, best = (float(reconstruction_loss(weight, one, gram).sum()) for one in (weight * mask, new, exact))
     assert bool(
@@ -481,18 +482,21 @@ def test_bfloat16_products_inside_end_near_float32_and_make_no_row_worse(seed, f
     assert not bool(new[~chosen].any())
 
 
-def test_the_products_are_in_the_dtype_but_the_two_that_judge():
+def test_all_products_are_the_fast_ones_but_the_two_that_judge():
     weight, mask, _, gram = problem(28)
-    seen = []
+    exact, fast = [], []
 
     def product(rows):
-        seen.append(rows.dtype)
-        return rows.float() @ gram
+        exact.append(rows)
+        return rows @ gram
 
-    reconstruct(weight, mask, product, 4, diagonal=gram.diagonal(), dtype=torch.bfloat16)
-    assert seen == [torch.float32, *[torch.bfloat16] * 4, torch.float32]
-    by_matrix = [reconstruct(weight, mask, gram, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
-    assert not torch.equal(*by_matrix)
+    class Counted(Rounded):
+        def __call__(self, rows):
+            fast.append(rows)
+            return super().__call__(rows)
+
+    reconstruct(weight, mask, product, 4, diagonal=gram.diagonal(), fast=Counted(gram))
+    assert (len(exact), len(fast)) == (2, 4)
 
 
 def test_errors():
