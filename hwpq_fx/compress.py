@@ -16,7 +16,7 @@ from hwpq_fx.passes import Use
 
 from .compensation import compensate
 from .config import PLAIN, SPARSE_2D, HWPQConfig
-from .curvature import combined
+from .curvature import Combined, combined
 from .errors import CalibrationError, ConfigError, ModelError
 from .float8 import dense_float8, mm_compatible
 from .gram import MatrixFree, Rounded
@@ -49,7 +49,7 @@ class Span(NamedTuple):
     stop: int
     sum_sq: torch.Tensor | None
     rows: int
-    curvature: tuple[torch.Tensor | MatrixFree, str] | None
+    curvature: Combined | None
 
 
 def cannot_compress(layer: Layer, uses: list[Use], config: HWPQConfig) -> str:
@@ -102,9 +102,11 @@ def shape_of(parameter: torch.Tensor, uses: list[Use]) -> tuple[int, int]:
 
 
 def check_weight(layer: Layer) -> None:
-    """Raise ModelError for NaN or Inf in the weight."""
-    if not bool(layer.parameter.isfinite().all()):
-        raise ModelError(f"{layer.name}: the weight holds NaN or Inf; mend the checkpoint or add the layer to ignore")
+    """Raise ModelError for NaN or Inf in the weight, and for what float32 cannot hold of a float64 one."""
+    weight = layer.parameter.float() if layer.parameter.dtype == torch.float64 else layer.parameter
+    if not bool(weight.isfinite().all()):
+        what = "NaN or Inf" if weight is layer.parameter else "NaN, Inf or values too large for float32"
+        raise ModelError(f"{layer.name}: the weight holds {what}; mend the checkpoint or add the layer to ignore")
 
 
 def compress(
@@ -130,7 +132,7 @@ def compress(
         mask, share = _select(part, span.sum_sq, config)
         settled += share * (span.stop - span.start) / weight.shape[0]
         kept_weights += int(mask.count_nonzero())  # a sum would be made in int64
-        product = rounded(span.curvature[0]) if span.curvature else None
+        product = rounded(span.curvature.fit) if span.curvature else None
         aims = repeat(None) if drift is None else _parts(drift[span.start : span.stop])
         for rows, kept, aim in zip(_parts(part), _parts(mask), aims, strict=False):
             new = _packed(*_compensate(rows, kept, span, config, aim, product), config)
@@ -165,7 +167,13 @@ def _parts(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def _packed(kept: torch.Tensor, mask: torch.Tensor, factor: torch.Tensor, config: HWPQConfig) -> Any:
     if config.sparsity == "2:4":
         return Float8Sparse24Tensor.from_hp(kept, mask, config.activation, factor)
-    return dense_float8(kept.masked_fill(~mask, 0) * factor[:, None].to(kept.dtype), config.activation)
+    return dense_float8(_within(kept.masked_fill(~mask, 0) * factor[:, None], kept.dtype), config.activation)
+
+
+def _within(new: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """In `dtype`, its largest value where it has none as large."""
+    largest = min(torch.finfo(dtype).max, torch.finfo(new.dtype).max)
+    return new.clamp(-largest, largest).to(dtype)
 
 
 def _joined(parts: list[Any]) -> Any:
@@ -270,7 +278,7 @@ def spans_of(name: str, weight: torch.Tensor, statistics: Statistics) -> list[Sp
             )
         # an input that was always zero tells nothing of its channels
         known = sum_sq is not None and bool(sum_sq.any())
-        curvature = combined([one.curvature for one in seen], weight.device) if known else None
+        curvature = combined(seen, weight.device) if known else None
         spans.append(Span(start, stop, sum_sq if known else None, sum(one.rows for one in seen), curvature))
     return spans
 
@@ -288,7 +296,7 @@ def _select(weight: torch.Tensor, sum_sq: torch.Tensor | None, config: HWPQConfi
 
 def _compensation_of(span: Span, config: HWPQConfig) -> str:
     if span.curvature is not None:  # gathered for "cg" alone
-        return span.curvature[1]
+        return span.curvature.name
     return "energy" if config.compensation == "cg" else config.compensation
 
 
@@ -303,7 +311,7 @@ def _compensate(
     """The weight to store, the mask it ends with, and a factor per row."""
     if span.curvature is None:
         return weight, mask, compensate(weight.float(), mask, span.sum_sq, _compensation_of(span, config))
-    gram, _ = span.curvature
+    gram = span.curvature.fit
     # a sample says less than all rows do: hold on to the original weight more
     damping = 0.1 if isinstance(gram, MatrixFree) else 0.01
     dense = weight.float()
@@ -314,7 +322,7 @@ def _compensate(
         diagonal = gram.diagonal if isinstance(gram, MatrixFree) else None
         steps = config.cg_steps * (config.cg_rounds + 1)
         new = reconstruct(dense, mask, gram, steps, damping, diagonal, drift, product)
-    return new.to(weight.dtype), mask, torch.ones(weight.shape[0], dtype=torch.float32, device=weight.device)
+    return _within(new, weight.dtype), mask, torch.ones(weight.shape[0], dtype=torch.float32, device=weight.device)
 
 
 def rounded(gram: torch.Tensor | MatrixFree) -> Rounded | None:
@@ -326,18 +334,19 @@ def rounded(gram: torch.Tensor | MatrixFree) -> Rounded | None:
 
 
 def _squared_errors(weight: torch.Tensor, made: Any, span: Span) -> tuple[float, float]:
-    """||X(W - W')||^2 and ||XW||^2 over rows of the span's weight, on one scale for the whole span."""
+    """||X(W - W')||^2 and ||XW||^2 over rows of the span's weight; without curvature, as if channels were
+    uncorrelated."""
     weight = weight.float()
     packed = isinstance(made, Float8Sparse24Tensor)
     restored = made.dequantize(torch.float32) if packed else made.dequantize().float()
     if span.curvature is not None:
-        gram = span.curvature[0]
+        gram = span.curvature.measure
         lost = reconstruction_loss(weight, restored, gram).sum().item()
         return lost, reconstruction_loss(weight, torch.zeros_like(weight), gram).sum().item()
     sum_sq = span.sum_sq
     if sum_sq is None:
         sum_sq = torch.ones(weight.shape[1], dtype=torch.float32, device=weight.device)
-    channel = (sum_sq / sum_sq.max().clamp(min=torch.finfo(torch.float32).tiny)).double()
+    channel = sum_sq.double()
     lost = ((weight - restored).double().square() @ channel).sum().item()
     return lost, (weight.double().square() @ channel).sum().item()
 

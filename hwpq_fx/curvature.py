@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import reduce
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -9,6 +10,7 @@ from .gram import MatrixFree
 
 # Rows of a sample. MiniLM: 2048 of 7313 rows keep nine tenths of what all of them give, 512 rows three quarters.
 SAMPLE_ROWS = 4096
+HELD_OUT = 8  # of so many sampled rows one tells the error
 CPU_BYTES = 4 * 2**30
 
 
@@ -62,6 +64,14 @@ class RowSample:
 Curvature = GramMatrix | RowSample
 
 
+class Part(Protocol):
+    """What is known of one input (`InputStatistics`): its energies float64 [K] and its rows, all of them, and more."""
+
+    total: torch.Tensor
+    rows: int
+    curvature: Curvature | None
+
+
 class CurvatureBudget:
     """Hands out the one or the other until `limit` bytes are spent on a device, and then nothing.
 
@@ -91,14 +101,77 @@ class CurvatureBudget:
         return (torch.cuda.mem_get_info(device)[0] + self.taken) // 2 if device.type == "cuda" else CPU_BYTES
 
 
-def combined(parts: Sequence[Curvature | None], device: torch.device) -> tuple[torch.Tensor | MatrixFree, str] | None:
-    """The inputs of several calls taken as one, and what to call it in the report. None where one is missing, or where
-    they are of both kinds."""
-    grams = [part.matrix.to(device) for part in parts if isinstance(part, GramMatrix)]
-    samples = [part.rows.to(device) for part in parts if isinstance(part, RowSample)]
+class Combined(NamedTuple):
+    """fit: the G to minimise. measure: the G by which calibration's error is told, another one where rows are a
+    sample. name: what to call it in the report."""
+
+    fit: torch.Tensor | MatrixFree
+    measure: torch.Tensor | MatrixFree
+    name: str
+
+
+def combined(parts: Sequence[Part], device: torch.device) -> Combined | None:
+    """The inputs of several calls taken as one. None where curvature is missing from one, or where it is of both
+    kinds."""
+    grams = [part.curvature.matrix.to(device) for part in parts if isinstance(part.curvature, GramMatrix)]
+    samples = [part for part in parts if isinstance(part.curvature, RowSample)]
     if grams and len(grams) == len(parts):
-        return reduce(torch.add, grams), "cg, X^T X"  # a single one is not copied: it may be most of the memory
+        gram = reduce(torch.add, grams)  # a single one is not copied: it may be most of the memory
+        return Combined(gram, gram, "cg, X^T X")
     if samples and len(samples) == len(parts):
-        rows = torch.cat(samples)
-        return MatrixFree(rows), f"cg, {len(rows)} rows"
+        fits, measures = zip(*(_of_sample(part, device) for part in samples), strict=True)
+        fit, measure = _joined(fits), _joined(measures)
+        return Combined(fit, measure, f"cg, {len(measure.sample)} rows")
     return None
+
+
+def _joined(parts: Sequence[MatrixFree]) -> MatrixFree:
+    """The sum of theirs."""
+    ridges = [part.ridge for part in parts if part.ridge is not None]
+    return MatrixFree(torch.cat([part.sample for part in parts]), ridge=torch.stack(ridges).sum(0) if ridges else None)
+
+
+def _of_sample(part: Part, device: torch.device) -> tuple[MatrixFree, MatrixFree]:
+    """What to fit to and what to measure by, both with the energies of all rows along their diagonals.
+
+    A fit to few rows is a fit to their noise as well, and measured by them it looks as good as that. So of a sample
+    every eighth row is for measuring alone and stands for all rows that are not fitted to; of the others the
+    correlations are shrunk. What has no row of its own to tell of it is taken for uncorrelated.
+    """
+    assert isinstance(part.curvature, RowSample)
+    rows, total = part.curvature.rows.to(device), part.total.to(device)
+    if len(rows) == part.rows:
+        return MatrixFree(rows), MatrixFree(rows)
+    held = torch.arange(len(rows), device=device) % HELD_OUT == HELD_OUT - 1
+    fit, other = rows[~held], rows[held]
+    lacking = _scaled_to(other, (total - _energies(fit)).clamp_min_(0))
+    measure = MatrixFree(torch.cat([fit, other]), ridge=lacking.float())
+    _scaled_to(fit, torch.full_like(total, len(fit)))  # mean squares of one
+    shrunk = _shrinkage(fit) * (1 - len(fit) / part.rows)
+    lacking = _scaled_to(fit, (1 - shrunk) * total)
+    return MatrixFree(fit, ridge=(shrunk * total + lacking).float()), measure
+
+
+def _energies(rows: torch.Tensor) -> torch.Tensor:
+    """float64 [K]: sums of squares over the rows."""
+    return torch.linalg.vector_norm(rows, dim=0, dtype=torch.float64).square_()
+
+
+def _scaled_to(rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Scale the channels of `rows` [R, K], in place, to the energies wanted, float64 [K]; what is lacking where they
+    are zero."""
+    energies = _energies(rows)
+    rows *= torch.where(energies > 0, (wanted / energies).sqrt(), 0)
+    return torch.where(energies > 0, 0, wanted)
+
+
+def _shrinkage(rows: torch.Tensor) -> float:
+    """How much less than the sample says channels are correlated: the share of squared correlations that is noise, of
+    `rows` [R, K] whose channels have mean squares of one. Schäfer and Strimmer, "A shrinkage approach to large-scale
+    covariance matrix estimation", 2005."""
+    count, energies = len(rows), rows.square()
+    # sums over all pairs of two channels, by way of R x R: ||X^T X|| = ||X X^T||
+    squares = sum(float((part @ rows.T).square().sum(dtype=torch.float64)) for part in rows.split(256)) / count**2
+    squares -= float(energies.mean(0).square().sum(dtype=torch.float64))
+    fourth = energies.sum(1, dtype=torch.float64).square().sum() - energies.square().sum(dtype=torch.float64)
+    return min(1.0, max(0.0, (float(fourth) / count - squares) / count / squares)) if squares > 0 else 1.0

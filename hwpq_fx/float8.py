@@ -11,6 +11,8 @@ from hwpq_fx.kernels.quantize_rows import E4M3_MAX, MIN_SCALE
 
 HALF_SCALE = 2.0**-24
 """The smallest number over zero in float16, in which torchao works out the scales of float16 tensors."""
+HALF_MAX = 65472.0
+"""The largest float16 that FP8 gives back: a larger one's scale, in float16, is rounded up, and 448 times it is Inf."""
 
 
 def mm_compatible(rows: int, cols: int) -> bool:
@@ -34,10 +36,11 @@ def dense_float8(weight: torch.Tensor, activation: str) -> Float8Tensor:
     a CPU where that product is missing (`rowwise_on_cpu`). A row of zeros, of either, gives zeros."""
     possible = weight.device.type != "cpu" or rowwise_on_cpu()
     # torchao takes a row's largest value for its scale as it is, and divides by it: zeros would be NaN
-    least = E4M3_MAX * (HALF_SCALE if weight.dtype is torch.float16 else MIN_SCALE)
+    half = weight.dtype is torch.float16
+    least = E4M3_MAX * (HALF_SCALE if half else MIN_SCALE)
     dynamic = QuantizeTensorToFloat8Kwargs(granularity=PerRow(), hp_value_lb=least)
     return Float8Tensor.from_hp(
-        weight,
+        weight.clamp(-HALF_MAX, HALF_MAX) if half else weight,
         granularity=PerRow(),
         mm_config=Float8MMConfig(use_fast_accum=True),
         hp_value_lb=least,

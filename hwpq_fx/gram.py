@@ -19,37 +19,41 @@ RANK = 16  # what `Rounded` splits off: 1 does for a massive row or a mean
 
 
 class MatrixFree:
-    """V -> (V X^T) X for a sample X of the inputs: where there are too many channels to hold X^T X.
+    """V -> (V X^T) X + V diag(ridge) for a sample X of the inputs: where there are too many channels to hold X^T X.
 
     sample: [R, K], any floating dtype; not copied. max_bytes bounds each of a product's temporaries, down to one row
-    of X or one column for V. Raises ValueError: a sample that is not floating point, not 2-D or empty.
+    of X or one column for V. ridge: float32 [K], not negative. Raises ValueError: a sample that is not floating point,
+    not 2-D or empty.
     """
 
-    def __init__(self, sample: Tensor, max_bytes: int = 2**26):
+    def __init__(self, sample: Tensor, max_bytes: int = 2**26, ridge: Tensor | None = None):
         if sample.dim() != 2 or sample.numel() == 0 or not sample.is_floating_point():
             raise ValueError(f"sample must be floating point [R, K], got {sample.dtype} {list(sample.shape)}")
-        self.sample, self.max_bytes = sample.detach(), max_bytes
+        self.sample, self.max_bytes, self.ridge = sample.detach(), max_bytes, ridge
 
     def __call__(self, rows: Tensor) -> Tensor:
         """rows: [N, K], in the dtype to multiply in. Returns float32 [N, K]."""
         out = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
         for part in self._parts(max(rows.shape), rows.dtype):
             out += rows @ part.T @ part
-        return out
+        return out if self.ridge is None else out.addcmul_(rows, self.ridge)
 
     @property
     def diagonal(self) -> Tensor:
-        """float32 [K], of X^T X."""
-        return torch.linalg.vector_norm(self.sample, dim=0, dtype=torch.float32).square_()
+        """float32 [K]."""
+        diagonal = torch.linalg.vector_norm(self.sample, dim=0, dtype=torch.float32).square_()
+        return diagonal if self.ridge is None else diagonal.add_(self.ridge)
 
     @property
     def blocks(self) -> Tensor:
-        """float32 [K/4, 4, 4], of X^T X along its diagonal."""
+        """float32 [K/4, 4, 4], along the diagonal."""
         channels = self.sample.shape[1]
         out = torch.zeros(channels // 4, 4, 4, dtype=torch.float32, device=self.sample.device)
         for part in self._parts(channels):
             groups = part.view(-1, channels // 4, 4).transpose(0, 1)
             out.baddbmm_(groups.mT, groups)
+        if self.ridge is not None:
+            out.diagonal(dim1=1, dim2=2).add_(self.ridge.view(-1, 4))
         return out
 
     def _parts(self, width: int, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
@@ -70,19 +74,23 @@ class Rounded:
     """
 
     def __init__(self, gram: Tensor | MatrixFree, dtype: torch.dtype = torch.bfloat16):
-        self._dtype = dtype
+        self._dtype, self._ridge = dtype, None
         if isinstance(gram, Tensor):
             self.size, self._scale = size_of(gram.diagonal()), 1.0
             self._remainder: Product = self._of_matrix(gram.detach())
         else:
             self.size = size_of(gram.diagonal)
-            self._scale = 1 / self.size
-            self._remainder = self._of_sample(gram)
+            # x at a scale where neither it nor its squares are out of range
+            scale = 2.0 ** -(math.frexp(self.size)[1] // 2)
+            self._scale = 1 / (self.size * scale) / scale
+            self._remainder = self._of_sample(gram, scale)
+            self._ridge = None if gram.ridge is None else gram.ridge / self.size
 
     def __call__(self, rows: Tensor) -> Tensor:
         """rows: float32 [N, K]. Returns float32 [N, K]."""
         out = self._remainder(rows.to(self._dtype)).float()
-        return out.addmm_(rows @ self._columns.T, self._shares, beta=self._scale)
+        out.addmm_(rows @ self._columns.T, self._shares, beta=self._scale)
+        return out if self._ridge is None else out.addcmul_(rows, self._ridge)
 
     def _of_matrix(self, gram: Tensor) -> Product:
         _, self._columns, self._shares = _pivoted(lambda at: gram.index_select(0, at), gram.diagonal(), self.size)
@@ -94,13 +102,15 @@ class Rounded:
             made.copy_(torch.addmm(rows, columns, self._shares, beta=1 / self.size, alpha=-1))
         return lambda rows: rows @ matrix
 
-    def _of_sample(self, gram: MatrixFree) -> Product:
+    def _of_sample(self, gram: MatrixFree, scale: float) -> Product:
         x = gram.sample.float()
-        at, self._columns, self._shares = _pivoted(lambda at: x.index_select(1, at).T @ x, gram.diagonal, self.size)
+        diagonal = MatrixFree(x).diagonal
+        at, self._columns, self._shares = _pivoted(lambda at: x.index_select(1, at).T @ x, diagonal, self.size)
         # As in Gram-Schmidt, x[:, at] = basis @ shares[:, at]; what is orthogonal to the basis has the G that is left.
         triangle = self._shares[:, at]
         basis = torch.linalg.solve_triangular(triangle, x[:, at], upper=True, left=False, unitriangular=True)
-        return MatrixFree(torch.addmm(x, basis, self._shares, alpha=-1).to(self._dtype), gram.max_bytes)
+        left = torch.addmm(x, basis, self._shares, alpha=-1).mul_(scale)
+        return MatrixFree(left.to(self._dtype), gram.max_bytes)
 
 
 def _pivoted(row: Product, diagonal: Tensor, size: float) -> tuple[Tensor, Tensor, Tensor]:

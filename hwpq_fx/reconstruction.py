@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hwpq_fx.kernels.saliency import unit_scaled
 
-from .gram import SINGULAR, Gram, Product, Rounded, size_of
+from .gram import SINGULAR, Gram, MatrixFree, Product, Rounded, size_of
 
 __all__ = ["rechoose", "reconstruct", "reconstruction_loss", "refine"]
 
@@ -104,7 +104,9 @@ def reconstruction_loss(weight: Tensor, new: Tensor, gram: Gram) -> Tensor:
     Raises ValueError: shapes that do not fit, weights or a diagonal that are not finite, a negative diagonal.
     """
     _check(weight, new)
-    size = size_of(_diagonal(gram, None, weight.shape[1])) if isinstance(gram, Tensor) else 1.0
+    diagonal = gram.diagonal if isinstance(gram, MatrixFree) else None
+    known = diagonal is not None or isinstance(gram, Tensor)
+    size = size_of(_diagonal(gram, diagonal, weight.shape[1])) if known else 1.0
     product = _unit_product(gram, size)
     unit, back = _unit_rows(weight)
     error = (new.detach() / back).float().sub_(unit)
@@ -275,10 +277,13 @@ def _planes(x: Tensor) -> Tensor:
 
 def _unit_product(gram: Gram, size: float) -> Product:
     """The product with G / size."""
+    # half of the scale on the way in: large inputs' G is out of range before the other half is off
+    before = 2.0 ** -(math.frexp(size)[1] // 2)
+    after = 1 / (before * size)
     if isinstance(gram, Tensor):
         matrix = gram.detach().float()
-        return lambda rows: (rows @ matrix).div_(size)
-    return lambda rows: gram(rows) / size
+        return lambda rows: ((rows * before) @ matrix).mul_(after)
+    return lambda rows: gram(rows * before) * after
 
 
 def _unit_rows(weight: Tensor) -> tuple[Tensor, Tensor]:

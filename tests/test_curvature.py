@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hwpq_fx import ConfigError, HWPQConfig, convert, report
 from hwpq_fx.curvature import CurvatureBudget, GramMatrix, RowSample, combined
 from hwpq_fx.gram import MatrixFree
+from hwpq_fx.statistics import InputStatistics
 
 CPU = torch.device("cpu")
 
@@ -49,15 +50,26 @@ def test_budget_grants_gram_then_sample_then_nothing():
     assert third is None
 
 
+def observed(curvature, *inputs: torch.Tensor) -> InputStatistics:
+    statistics = InputStatistics(inputs[0].shape[1], CPU, curvature)
+    for x in inputs:
+        statistics.update(x)
+    return statistics
+
+
 def test_combining():
-    gram, sample = GramMatrix(4, CPU), RowSample(4, CPU, 300)
-    for part in (gram, sample):
-        part.update(torch.ones(3, 4))
-    both, name = combined([gram, gram], CPU)
-    assert torch.equal(both, torch.full((4, 4), 6.0)) and "X^T X" in name
-    free, name = combined([sample, sample], CPU)
-    assert isinstance(free, MatrixFree) and "6 rows" in name
-    assert combined([gram, sample], CPU) is None and combined([gram, None], CPU) is None and combined([], CPU) is None
+    ones = torch.ones(3, 4)
+    gram, sample = (observed(one, ones) for one in (GramMatrix(4, CPU), RowSample(4, CPU, 300)))
+    both = combined([gram, gram], CPU)
+    assert torch.equal(both.fit, torch.full((4, 4), 6.0)) and both.measure is both.fit and "X^T X" in both.name
+    free = combined([sample, sample], CPU)
+    assert isinstance(free.fit, MatrixFree) and "6 rows" in free.name
+    for known in (free.fit, free.measure):  # no row is missing
+        torch.testing.assert_close(known(torch.eye(4)), torch.full((4, 4), 6.0))
+    unknown = observed(None, ones)
+    assert (
+        combined([gram, sample], CPU) is None and combined([gram, unknown], CPU) is None and combined([], CPU) is None
+    )
 
 
 def loss_of(config: HWPQConfig) -> tuple[float, str]:
