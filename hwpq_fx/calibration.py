@@ -18,7 +18,7 @@ from hwpq_fx.passes.dynamo import Observation, mark_varying, unwrap
 from .errors import CalibrationError, ModelError, first_line
 from .layers import layers_of
 from .recording import Recording
-from .statistics import CalibrationRecorder
+from .statistics import CalibrationRecorder, Wanted
 
 T = TypeVar("T")
 
@@ -27,14 +27,21 @@ class Calibration:
     """While it stands, every call of the model is observed. `remove()` ends it and restores the model.
 
     sequential: record the graphs that run, and gather no curvature meanwhile; the names of the layers that may be
-    converted, by the ids of their parameters. Raises ModelError where Dynamo is off.
+    converted, by the ids of their parameters. wanted: as `CalibrationRecorder` has it. Raises ModelError where Dynamo
+    is off.
     """
 
-    def __init__(self, model: Any, curvature_bytes: int | None = 0, sequential: Mapping[int, str] | None = None):
+    def __init__(
+        self,
+        model: Any,
+        curvature_bytes: int | None = 0,
+        sequential: Mapping[int, str] | None = None,
+        wanted: Wanted | None = None,
+    ):
         if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
             raise ModelError("TORCHDYNAMO_DISABLE is set, so that nothing can be traced: unset it to calibrate")
         self.model = model
-        self.recorder = CalibrationRecorder(curvature_bytes if sequential is None else 0)
+        self.recorder = CalibrationRecorder(curvature_bytes if sequential is None else 0, wanted)
         self.recording = None if sequential is None else Recording(self.recorder, curvature_bytes, sequential)
         module = unwrap(model)
         self._signature = inspect.signature(module.forward)

@@ -10,7 +10,7 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
-from hwpq_fx.passes import HwpqBackend
+from hwpq_fx.passes import HwpqBackend, Use
 from hwpq_fx.passes.dynamo import compile_in_place, compile_settings, unwrap
 
 from .calibration import Calibration, tracked
@@ -165,10 +165,13 @@ def convert(
 
 
 def _calibration(model: Any, config: HWPQConfig) -> Calibration:
-    names = None
-    if config.sequential:
-        names = {id(layer.parameter): layer.name for layer in layers_of(unwrap(model)) if not left_out(layer, config)}
-    return Calibration(model, config.gathered_bytes, names)
+    layers = {id(layer.parameter): layer for layer in layers_of(unwrap(model)) if not left_out(layer, config)}
+
+    def wanted(weight: torch.Tensor, use: Use) -> bool:
+        return id(weight) in layers and not cannot_compress(layers[id(weight)], [use], config)
+
+    names = {at: layer.name for at, layer in layers.items()} if config.sequential else None
+    return Calibration(model, config.gathered_bytes, names, wanted)
 
 
 def _module_of(model: Any) -> nn.Module:

@@ -1,5 +1,6 @@
 """What calibration gathers: per channel, the sum of the squared inputs of every product."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -68,12 +69,15 @@ class Call(NamedTuple):
         return None
 
 
+Wanted = Callable[[torch.Tensor, Use], bool]
+
+
 class CalibrationRecorder:
     """Receives what the observer nodes see (`passes.Recorder`), by parameter. Up to `curvature_bytes` go into what
-    conjugate gradients need besides."""
+    conjugate gradients need besides, for inputs of weights that are `wanted` (all, where it is None)."""
 
-    def __init__(self, curvature_bytes: int | None = 0) -> None:
-        self._budget = CurvatureBudget(curvature_bytes)
+    def __init__(self, curvature_bytes: int | None = 0, wanted: Wanted | None = None) -> None:
+        self._budget, self._wanted = CurvatureBudget(curvature_bytes), wanted
         self.calls = 0
         self.uses: dict[int, dict[Use, list[InputStatistics]]] = {}
         self.blocked: dict[int, str] = {}
@@ -102,8 +106,9 @@ class CalibrationRecorder:
         key = tuple((id(weight), use) for weight, use in zip(weights, uses, strict=True))
         statistics = self._inputs.get(key)
         if statistics is None:
+            wanted = self._wanted is None or any(map(self._wanted, weights, uses))
             with torch.inference_mode(False):
-                curvature = self._budget.grant(x.shape[-1], x.device)
+                curvature = self._budget.grant(x.shape[-1], x.device) if wanted else None
             statistics = self._inputs[key] = InputStatistics(x.shape[-1], x.device, curvature)
             for weight, use in zip(weights, uses, strict=True):
                 self.uses.setdefault(id(weight), {}).setdefault(use, []).append(statistics)

@@ -97,6 +97,21 @@ def test_sampled_rows_serve_where_the_matrix_does_not_fit():
     assert report(model).layers[0].compensation == "cg, 300 rows"
 
 
+def test_the_bound_is_for_layers_that_may_be_converted():
+    one = 4 * 64 * 64
+    for kwargs, expected in (
+        ({"ignore": ["0"]}, ["dense", "cg, X^T X", "energy"]),
+        ({"targets": ["2"]}, ["dense", "dense", "cg, X^T X"]),
+        ({"targets": ["2"], "sequential": True, "max_loss": 9.0}, ["dense", "dense", "cg, in order, X^T X"]),
+    ):
+        model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(3))).eval()
+        convert(model, [correlated(100)], HWPQConfig(curvature_bytes=one, **kwargs))
+        assert [line.compensation or line.status for line in report(model).layers] == expected
+    odd = torch.nn.Sequential(torch.nn.Linear(60, 64), torch.nn.Linear(64, 64)).eval()
+    convert(odd, [torch.randn(100, 60)], HWPQConfig(curvature_bytes=one))
+    assert [line.compensation or line.status for line in report(odd).layers] == ["dense", "cg, X^T X"]
+
+
 def test_report_error_is_the_measured_one():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(64, 96, bias=False)).eval()
