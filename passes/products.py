@@ -11,7 +11,7 @@ from torch import fx
 
 from hwpq_fx.kernels.transforms import is_transformed
 
-from .values import memory_of, value_of
+from .values import memory_of, value_of, written
 
 aten = torch.ops.aten
 LINEAR = {F.linear, torch._C._nn.linear, aten.linear}
@@ -70,10 +70,8 @@ def products(graph: fx.Graph) -> Iterator[Product]:
     for node in graph.nodes:
         if found := match(node):
             yield found._replace(epoch=touched[memory_of(found.x)])
-            continue
-        # whatever is in place gives back its input or nothing; views do too, and count for the sake of safety
-        given = memory_of(node)
-        touched.update({one for one in map(memory_of, node.all_input_nodes) if given in (None, one)})
+        else:
+            touched.update(written(node))
 
 
 def _arguments(node: fx.Node, *names: str) -> list:

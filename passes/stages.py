@@ -18,7 +18,7 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 
 from .observe import OBSERVER, VIEWS, Observed, Use
 from .products import products
-from .values import memory_of, op_name, value_of
+from .values import memory_of, op_name, value_of, written
 
 ADD = {"add", "iadd", "add_"}
 # between a product and the sum; they keep what belongs to a row of the input together where the shape says so
@@ -121,9 +121,7 @@ def _written(value: fx.Node, start: fx.Node, stop: fx.Node) -> bool:
     """Whether a node between the two may write to the memory of `value`."""
     node = start.next
     while node is not stop:
-        given = memory_of(node) if value_of(node) is not None else memory_of(value)
-        inputs = {memory_of(one) for one in node.all_input_nodes}
-        if memory_of(value) in inputs and given == memory_of(value) and op_name(node) not in VIEWS | {OBSERVER}:
+        if memory_of(value) in written(node) and op_name(node) not in VIEWS | {OBSERVER}:
             return True
         node = node.next
     return False

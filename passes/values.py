@@ -1,12 +1,15 @@
 """Dynamo's graphs: copies of them, and the fake value that a node of theirs carries in `meta["example_value"]`."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from types import BuiltinFunctionType
 from typing import Any
 
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses import FakeTensor
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 
@@ -73,11 +76,59 @@ def leaves(value: Any) -> Iterator[Any]:
 
 
 def op_name(node: fx.Node) -> str:
-    """The short name of what a node does, the same for function, method and aten op; for an attribute, its name."""
+    """The short name of what a node does, the same for function, method and aten op; for an attribute, its name. What
+    is not torch's own has its namespace or module before it: mylib.silu may be anything."""
     if node.target is getattr:
         return str(node.args[1])
     target = getattr(node.target, "overloadpacket", node.target)
-    return target if isinstance(target, str) else getattr(target, "__name__", str(target))
+    if isinstance(target, str):
+        return target
+    name = getattr(target, "__name__", str(target))
+    return name if _is_torchs(target) or isinstance(target, HigherOrderOperator) else f"{_home(target)}.{name}"
+
+
+def written(node: fx.Node) -> set[int | None]:
+    """The memory that a node may write to: what it takes and gives back (what only shows it once more counts too), or
+    all that it takes: where it gives nothing, where its schema marks an argument, and where it is not torch's own."""
+    inputs = {memory(part) for one in node.all_input_nodes for part in leaves(value_of(one))}
+    target, value = node.target, value_of(node)
+    if value is None:
+        return inputs
+    if isinstance(target, (OpOverload, OpOverloadPacket)):
+        if _marks_a_written(target, node.kwargs):
+            return inputs
+    elif node.op == "call_function" and not _is_torchs(target):
+        return inputs
+    return inputs & {memory(part) for part in leaves(value)}
+
+
+def _marks_a_written(op: OpOverload | OpOverloadPacket, given: dict[str, Any]) -> bool:
+    overloads = [op] if isinstance(op, OpOverload) else [getattr(op, name) for name in op.overloads()]
+    arguments = (argument for overload in overloads for argument in overload._schema.arguments)
+    return any(
+        argument.alias_info is not None
+        and argument.alias_info.is_write
+        and (not argument.kwarg_only or argument.name in given)  # out=
+        for argument in arguments
+    )
+
+
+def _is_torchs(target: Any) -> bool:
+    """Whether a function or op is torch's or Python's own, and not one that only bears the name."""
+    home = _home(target)
+    if isinstance(target, OpOverloadPacket):
+        return home in ("aten", "prims")
+    if home.split(".")[0] not in ("torch", "_operator", "math", "builtins"):
+        return False
+    # functools.wraps copies the names
+    return isinstance(target, BuiltinFunctionType) or getattr(sys.modules.get(home), target.__name__, None) is target
+
+
+def _home(target: Any) -> str:
+    """An op's namespace, a function's module."""
+    if isinstance(target, OpOverloadPacket):
+        return target._qualified_op_name.split("::")[0]
+    return getattr(target, "__module__", None) or ""
 
 
 @contextmanager

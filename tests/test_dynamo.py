@@ -291,7 +291,9 @@ def test_calibration_with_several_shapes_does_not_make_the_compiled_model_dynami
     shapes = []
 
     def backend(gm, inputs):
-        shapes.append([node.meta["example_value"].shape for node in gm.graph.nodes if op_name(node) == "linear24"])
+        shapes.append(
+            [node.meta["example_value"].shape for node in gm.graph.nodes if op_name(node) == "hwpq_fx.linear24"]
+        )
         return gm
 
     def calib(model):

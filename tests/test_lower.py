@@ -319,7 +319,7 @@ def test_names_and_traces_stay():
     def backend(gm, _):
         after = lower(gm)
         products = [node for node in gm.graph.nodes if op_name(node) == "linear"]
-        rewritten = {node.name: node for node in after.graph.nodes if op_name(node) == "linear24"}
+        rewritten = {node.name: node for node in after.graph.nodes if op_name(node) == "hwpq_fx.linear24"}
         assert [node.name for node in products] == list(rewritten) and len(products) == 4
         for node in products:
             for key in ("stack_trace", "nn_module_stack"):
