@@ -14,6 +14,7 @@ from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 
 from hwpq_fx.passes import observe, stages
 from hwpq_fx.passes.dynamo import Observation, mark_varying, unwrap
+from hwpq_fx.passes.undo import undone_on_failure
 
 from .errors import CalibrationError, ModelError, first_line
 from .layers import layers_of
@@ -47,19 +48,15 @@ class Calibration:
         self._signature = inspect.signature(module.forward)
         owners = {layer.owner: None for layer in layers_of(module) if layer.static_use}
         self._framed = [owner for owner in owners if owner is not module and "forward" not in vars(owner)]
-        for owner in self._framed:
-            owner.forward = MethodType(_forward, owner)
-        try:
+        self._observation: Observation | None = None
+        with undone_on_failure(self.remove):
+            for owner in self._framed:
+                owner.forward = MethodType(_forward, owner)
             self._observation = Observation(model, self._backend, self._before_call)
-        except BaseException:
-            self._unframe()
-            raise
 
     def remove(self) -> None:
-        self._observation.remove()
-        self._unframe()
-
-    def _unframe(self) -> None:
+        if self._observation is not None:
+            self._observation.remove()
         for owner in self._framed:
             vars(owner).pop("forward", None)
 

@@ -1,9 +1,10 @@
 """`prepare` and `convert`: the one call, and the same in two steps."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakSet
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from hwpq_fx.passes import HwpqBackend, Use
 from hwpq_fx.passes.dynamo import compile_in_place, compile_settings, unwrap
+from hwpq_fx.passes.undo import undone_after, undone_on_failure
 
 from .calibration import Calibration, tracked
 from .checkpoint import attach
@@ -64,6 +66,12 @@ class _Prepared:
     calibration: Calibration | None
     seconds: dict[str, float] = field(default_factory=dict)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ModelError(
+            "a prepared model is neither copied nor pickled, for its observers belong to this one: copy it before "
+            "prepare, or convert it first"
+        )
+
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
@@ -81,9 +89,12 @@ def prepare(model: M, config: HWPQConfig | None = None) -> M:
     config = _checked(module, config)
     if PREPARED in module.__dict__:
         raise ModelError("the model is prepared already: run batches through it, then call convert(model)")
-    module.__dict__[PREPARED] = _Prepared(config, _calibration(model, config))
-    _spent.discard(module)
-    return model
+    prepared = _Prepared(config, None)
+    with undone_on_failure(partial(_end, module, prepared)):
+        module.__dict__[PREPARED] = prepared  # first: pickle comes to it before the observed forward
+        prepared.calibration = _calibration(model, config)
+        _spent.discard(module)
+        return model
 
 
 def convert(
@@ -128,40 +139,57 @@ def convert(
                 "what had been observed went with the conversion that failed: prepare the model again, or give calib; "
                 "once more without either converts without calibration"
             )
-        prepared = _Prepared(config, None if calib is None else _calibration(model, config))
+        prepared = _Prepared(config, None)
     elif calib is None and prepared.calibration.recorder.calls == 0:
         raise CalibrationError("no batch has been run through the prepared model")
-    else:
-        # from here on it is prepared no more, whatever happens
-        del module.__dict__[PREPARED]
-        _spent.add(module)
-    try:
+    # from here on it is prepared no more, whatever happens
+    with undone_after(partial(_end, module, prepared)):
+        if prepared.calibration is not None:
+            _spent.add(module)
+        elif calib is not None:
+            prepared.calibration = _calibration(model, config)
         if prepared.calibration is not None:
             _calibrate(prepared.calibration, prepared, calib, progress)
             if group is not None:
                 with prepared.timed("reduce"):
                     reduce_statistics(module, prepared.calibration.recorder, group)
-    finally:
-        if prepared.calibration is not None:
-            prepared.calibration.remove()
-    with as_written():
+    # the model, or parts of it that were compiled one by one
+    parts: list[Any] = [model, *(part for part in module.modules() if part is not module)]
+    with undone_on_failure(_as_now([module, *parts])), as_written():
         made, report = _compress_all(module, prepared, progress, plan)
-        # the model, or parts of it that were compiled one by one
-        parts = [model, *(part for part in module.modules() if part is not module)]
         compiled = [(part, settings) for part in parts if (settings := compile_settings(part))]
-        try:
-            for layer, weight in made:
-                put(layer, weight)
-            for part, settings in compiled:
-                compile_in_place(part, HwpqBackend(settings.backend), settings)
-            attach(module, prepared.config)
-            attach_report(module, report)
-        except BaseException:
-            for layer, _ in made:
-                put(layer, layer.parameter)
-            raise
-    _spent.discard(module)
-    return model
+        for layer, weight in made:
+            put(layer, weight)
+        for part, settings in compiled:
+            compile_in_place(part, HwpqBackend(settings.backend), settings)
+        attach(module, prepared.config)
+        attach_report(module, report)
+        _spent.discard(module)
+        return model
+
+
+def _end(module: nn.Module, prepared: _Prepared) -> None:
+    """Be it prepared or observed no more."""
+    if prepared.calibration is not None:
+        prepared.calibration.remove()
+    module.__dict__.pop(PREPARED, None)
+
+
+def _as_now(modules: Sequence[nn.Module]) -> Callable[[], None]:
+    """What gives these modules, and the configs that transformers' have, the attributes and parameters again that they
+    have now."""
+    places = [place for module in modules for place in (vars(module), module._parameters)]
+    configs = (vars(module).get("config") for module in modules)
+    places += [vars(config) for config in configs if hasattr(config, "__dict__")]
+    had = [(place, dict(place)) for place in places]
+
+    def put_back() -> None:
+        for place, before in had:
+            for new in place.keys() - before.keys():
+                del place[new]
+            place.update(before)
+
+    return put_back
 
 
 def _calibration(model: Any, config: HWPQConfig) -> Calibration:
@@ -222,14 +250,10 @@ def plan(
     check_sparsity(config.sparsity)
     check_gpu(gpu)
     prepared = _Prepared(replace(config, sequential=False), None)
-    if calib is not None:
-        prepared.calibration = _calibration(model, prepared.config)
-    try:
-        if prepared.calibration is not None:
+    with undone_after(partial(_end, module, prepared)):
+        if calib is not None:
+            prepared.calibration = _calibration(model, prepared.config)
             _calibrate(prepared.calibration, prepared, calib, progress)
-    finally:
-        if prepared.calibration is not None:
-            prepared.calibration.remove()
     with as_written():
         candidates, _ = _candidates(module, prepared)
         return _planned(candidates, prepared.config, gpu, progress)[0]

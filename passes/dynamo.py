@@ -14,9 +14,11 @@ import torch
 from torch import fx, nn
 from torch._C._dynamo import eval_frame
 from torch._dynamo import convert_frame, pgo, trace_rules
-from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
+from torch._dynamo.eval_frame import OptimizedModule, innermost_backend, innermost_fn
 from torch._dynamo.external_utils import wrap_inline
 from torch._dynamo.types import FrameAction, FrameExecStrategy
+
+from .undo import undone_on_failure
 
 # Calibration meets every shape and every module of a class; it must never fall back to running unobserved.
 OBSERVING = {
@@ -25,6 +27,10 @@ OBSERVING = {
     "error_on_recompile": False,
     "suppress_errors": False,
     "disable": False,
+    # what makes constants of parameters, or looks for code that was compiled before
+    "prepare_freezing": False,
+    "install_free_tensors": False,
+    "caching_precompile": False,
 }
 
 
@@ -141,7 +147,7 @@ class Observation:
         self.had = {name: self.module.__dict__.get(name) for name in ("_compiled_call_impl", "forward")}
         self.had_wrapper_forward = model.__dict__.get("forward")
         # under another observation, its own forward: what is explained while prepared is not calibration
-        forward = getattr(self.module.forward, OBSERVED, self.module.forward)
+        forward = _undecorated(getattr(self.module.forward, OBSERVED, self.module.forward))
         # Dynamo keeps every backend it has met, and what was gathered must not outlive this
         this = weakref.ref(self)
 
@@ -150,7 +156,8 @@ class Observation:
             assert standing is not None, "its code went when it was removed"
             return standing.observe(gm, example_inputs)
 
-        compiled = torch.compile(wrap_inline(forward) if _needs_frame(forward) else forward, backend=backend)
+        with _settings():
+            compiled = torch.compile(wrap_inline(forward) if _needs_frame(forward) else forward, backend=backend)
 
         # Dynamo passes over `_compiled_call_impl` where it inlines a module, but never over its forward: so a model
         # that is compiled once more, or called inside a compiled function, is observed too.
@@ -161,28 +168,27 @@ class Observation:
             with self._dynamo_as_needed():
                 return compiled(*args, **kwargs)
 
-        _give_another_chance()
         setattr(call, OBSERVED, forward)
-        self.module.__dict__ |= {"_compiled_call_impl": None, "forward": call}
-        if isinstance(model, OptimizedModule):
-            model.forward = _Call(self.module)
+        with undone_on_failure(self.remove):
+            _give_another_chance()
+            self.module.__dict__ |= {"_compiled_call_impl": None, "forward": call}
+            if isinstance(model, OptimizedModule):
+                model.forward = _Call(self.module)
 
     @contextlib.contextmanager
     def _dynamo_as_needed(self) -> Iterator[None]:
-        fast_path = torch.backends.mha.get_fastpath_enabled()
-        hook = convert_frame.register_bytecode_hook(lambda code, _: self.codes.append(code))
-        # the fast path hands the weights to one fused kernel, where no product can be seen
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            with torch._dynamo.config.patch(OBSERVING), torch.compiler.set_stance("default"):
-                yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast_path)
-            hook.remove()
+        with contextlib.ExitStack() as stack:
+            # the fast path hands the weights to one fused kernel, where no product can be seen
+            stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+            torch.backends.mha.set_fastpath_enabled(False)
+            stack.callback(convert_frame.register_bytecode_hook(lambda code, _: self.codes.append(code)).remove)
+            stack.enter_context(_settings())
+            stack.enter_context(torch.compiler.set_stance("default"))
+            yield
 
     def remove(self) -> None:
         """Restore the module's calls, and drop the observed code from Dynamo's caches, where it would count
-        towards the recompile limit and teach later compiles that shapes vary."""
+        towards the recompile limit and teach later compiles that shapes vary. Once more changes nothing."""
         for name, value in self.had.items():
             if value is None:
                 self.module.__dict__.pop(name, None)
@@ -195,6 +201,21 @@ class Observation:
             _forget_shapes(code)
         self.codes.clear()
         _give_another_chance()
+
+
+@contextlib.contextmanager
+def _settings() -> Iterator[None]:
+    # Dynamo asks for Inductor's too
+    with torch._dynamo.config.patch(OBSERVING), torch._inductor.config.patch(freezing=False):
+        yield
+
+
+def _undecorated(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The method itself where `@torch.compile` decorates it in its class: torch finds it behind functions, but not
+    behind methods."""
+    if not isinstance(forward, MethodType):
+        return forward
+    return MethodType(innermost_fn(forward.__func__), forward.__self__)
 
 
 def _give_another_chance() -> None:

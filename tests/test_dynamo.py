@@ -194,7 +194,10 @@ def test_the_attention_fast_path_is_off_while_observing_only():
 
 @pytest.mark.parametrize(
     "setting",
-    [("error_on_recompile", True), ("disable", True), ("recompile_limit", 1), ("accumulated_recompile_limit", 1)],
+    [
+        *(("error_on_recompile", True), ("disable", True), ("recompile_limit", 1), ("accumulated_recompile_limit", 1)),
+        *(("prepare_freezing", True), ("install_free_tensors", True), ("caching_precompile", True)),
+    ],
     ids=str,
 )
 def test_observing_does_not_depend_on_dynamos_settings(setting):
@@ -204,6 +207,14 @@ def test_observing_does_not_depend_on_dynamos_settings(setting):
             model(torch.randn(rows, K))
         model(torch.randn(2, 3, K))
     assert len(graphs) >= 3
+    with torch._dynamo.config.patch(*setting):
+        assert len(hwpq_fx.report(hwpq_fx.convert(model, [torch.randn(4, K)])).converted) == 2
+
+
+def test_observing_does_not_depend_on_freezing():
+    with torch._inductor.config.patch(freezing=True):
+        model = hwpq_fx.convert(Net().eval(), [torch.randn(4, K)])
+    assert len(hwpq_fx.report(model).converted) == 2
 
 
 def test_what_goes_wrong_while_observing_is_heard():
@@ -284,6 +295,25 @@ def test_a_forward_that_is_not_a_method():
         with torch.no_grad():
             torch.testing.assert_close(converted(x), model.forward(x))
         assert counter.frame_count == 1 and hwpq_fx.explain(converted, x).rewritten == 2
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: torch.compile(model, backend="eager")])
+def test_a_forward_that_is_compiled_in_its_class(wrap):
+    class Decorated(Net):
+        @torch.compile(backend="eager")
+        def forward(self, x):
+            return super().forward(x)
+
+    model, x = wrap(Decorated().eval()), torch.randn(4, K)
+    before = dict(vars(unwrap(model)))
+    with observing(model) as (graphs, _):
+        model(x)
+    assert len(graphs) == 1 and vars(unwrap(model)) == before
+    hwpq_fx.convert(model, [x])
+    assert len(hwpq_fx.report(model).converted) == 2
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), Net.forward(unwrap(model), x))
+    assert hwpq_fx.explain(model, x).rewritten == 2
 
 
 @pytest.mark.parametrize("build", [Net, lambda: nn.Sequential(nn.Linear(K, K))], ids=["class", "torch.nn"])
