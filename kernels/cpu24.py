@@ -22,9 +22,10 @@ from pathlib import Path
 import torch
 from platformdirs import user_cache_path
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from .ewma import DEV_RATE, MEAN_RATE, decays, tree_size
-from .linear24 import DENSE, check, dense_form, linear24, linear24_reference, unpacked
+from .linear24 import DENSE, check, dense_form, linear24, linear24_reference, no_view, unpacked
 from .prune_pack24 import check_prune_pack24, prune_pack24, prune_pack24_reference
 from .saliency import DEFAULT_SALIENCY, Terms, terms_of
 from .select24 import DEFAULT_LAMBDA, DEFAULT_SELECTION, KERNEL_DTYPES, check_select24, select24, select24_reference
@@ -158,8 +159,9 @@ def why_not(arch: int, dtype: torch.dtype, n: int, k: int) -> str:
 
 
 def expands(rows: int, dtype: torch.dtype, n: int, k: int) -> bool:
-    """Whether x [rows, k] in `dtype` is multiplied with a weight [n, k] by "expand"."""
-    return rows <= EXPAND_ROWS and not why_not(0, dtype, n, k)
+    """Whether x [rows, k] in `dtype` is multiplied with a weight [n, k] by "expand"; not where only the data tell the
+    rows."""
+    return guard_or_false(rows <= EXPAND_ROWS) and not why_not(0, dtype, n, k)
 
 
 def product(
@@ -193,7 +195,7 @@ def linear24_cpu(x, x_scale, qdata, sparse_metadata, scale, bias, prepacked, x_h
         row_scale = None if x_scale is None else x_scale.reshape(-1, 1).contiguous()
         rows = x.reshape(-1, inputs).contiguous()
         y = product(rows, row_scale, qdata, sparse_metadata, scale, bias, None, out_dtype)
-        return y.view(*x.shape[:-1], outputs)
+        return no_view(y, (*x.shape[:-1], outputs))
     if prepacked is None:
         form = dense_form(scale, out_dtype, x_scale is not None)
         prepacked, prepacked_for = dense24(qdata, sparse_metadata, *form), DENSE

@@ -5,6 +5,7 @@ that the weight carries, `prepacked` [N, K] (see `dense_layout`). What a GPU run
 """
 
 import math
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -58,9 +59,15 @@ def dense_form(
 def unpacked(
     qdata: torch.Tensor, sparse_metadata: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """W [N, K] in `dtype`: value (times scale, in float32), rounded once."""
-    values = unpack24(qdata, sparse_metadata).float()
+    """W [N, K] in `dtype`: value (times scale, in float32, or float64 for float64), rounded once."""
+    values = unpack24(qdata, sparse_metadata).to(torch.promote_types(dtype, torch.float32))
     return (values if scale is None else values * scale).to(dtype)
+
+
+def no_view(y: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """`y`, which nobody else holds, in this shape. As a view of it, what the op gives could not be written to while
+    gradients are recorded."""
+    return torch.ops.aten._unsafe_view(y, shape)
 
 
 def linear24_reference(
@@ -83,7 +90,8 @@ def linear24_reference(
     # autocast has had its say before: here it would multiply FP8 values in float16, and overflow
     with torch.autocast(x.device.type, enabled=False):
         if x_scale is None:
-            return F.linear(x, dense, None if bias is None else bias.to(out_dtype))
+            y = F.linear(x, dense, None if bias is None else bias.to(out_dtype))
+            return no_view(y, y.shape)
         y = F.linear(x.to(dense.dtype), dense).float() * x_scale * scale.view(-1)
         return (y if bias is None else y + bias).to(out_dtype)
 
@@ -153,10 +161,10 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad):
     qdata, sparse_metadata, scale = ctx.saved_tensors
-    grad = grad.float()  # autograd casts what is returned
+    grad = grad.to(torch.promote_types(grad.dtype, torch.float32))  # autograd casts what is returned
     grads = [None] * 10
     if ctx.needs_input_grad[ctx.source]:
-        grads[ctx.source] = grad @ (unpack24(qdata, sparse_metadata).float() * scale)
+        grads[ctx.source] = grad @ unpacked(qdata, sparse_metadata, scale, grad.dtype)
     if ctx.needs_input_grad[BIAS]:
         grads[BIAS] = grad.sum_to_size(scale.shape[:1])
     return tuple(grads)

@@ -17,7 +17,7 @@ import torch
 
 from . import cusparselt24, cutlass24, gemv24, tiles24
 from .launching import arch_of
-from .linear24 import check, linear24, linear24_reference
+from .linear24 import check, linear24, linear24_reference, no_view
 from .table import Table, table_of
 
 Product = Callable[..., torch.Tensor]
@@ -166,4 +166,4 @@ def linear24_cuda(x, x_scale, qdata, sparse_metadata, scale, bias, prepacked, x_
     layout = prepacked if path.make_layout else None
     with torch.cuda.device_of(x):
         y = path.product(rows, x_scale, qdata, sparse_metadata, scale, bias, layout, out_dtype)
-    return y.view(*x.shape[:-1], qdata.shape[0])
+    return no_view(y, (*x.shape[:-1], qdata.shape[0]))

@@ -273,3 +273,43 @@ def test_compiled_rejects_what_eager_rejects(activation):
     for one in (module, torch.compile(module)):
         with pytest.raises(RuntimeError, match="linear24: bias is"):
             one(torch.randn(2, K))
+
+
+@pytest.mark.parametrize("shape", [(K,), (1, K), (9, K), (2, 1, K), (2, 9, K)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize("fp8", [True, False])
+def test_the_output_can_be_written_to_while_gradients_are_recorded(fp8, dense, bias, shape):
+    given = arguments(fp8, shape=shape, bias=bias, dense=dense)
+    source = "x_hp" if fp8 else "x"
+    given[source] = torch.randn(shape).requires_grad_()
+    y = call(linear24, given)
+    assert not y._is_view() and y.shape == (*shape[:-1], N)
+    y.mul_(2).sum().backward()
+    assert given[source].grad is not None
+
+
+def test_float64_is_computed_in_float64():
+    weight = Float8Sparse24Tensor.from_hp(torch.randn(N, K).double(), activation="none")
+    exact = weight.dequantize()
+    for packed in (weight, weight.expand()):
+        x = torch.randn(9, K).double().requires_grad_()
+        y = F.linear(x, packed)
+        y.sum().backward()
+        torch.testing.assert_close(y, F.linear(x, exact), rtol=1e-14, atol=1e-14)
+        torch.testing.assert_close(x.grad, exact.sum(0).expand_as(x), rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("activation", ["dynamic", "none"])
+@pytest.mark.parametrize("backend", ["inductor", "hwpq"])
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_rows_that_only_the_data_tell(activation, backend):
+    """As a mixture of experts gives to each."""
+    model = Packed(activation)
+
+    def run(x):
+        return model(x[x[:, 0] > 0])
+
+    x = torch.randn(40, K)
+    y, expected = torch.compile(run, fullgraph=True, backend=backend)(x), run(x)
+    torch.testing.assert_close(y, expected, rtol=2**-7, atol=2**-7 * expected.abs().max().item())

@@ -145,6 +145,7 @@ def test_op_runs_what_was_chosen(as_gpu, shape):
         ("tiles", "tiles_fp8", "tiles") if rows <= 64 else ("cutlass", "cutlass", "tiles")
     )  # fmt: skip
     expected = F.linear(values.float() * scale if name == "cutlass" else x, dense, bias)
+    assert not y._is_view(), "in-place changes of it would fail while gradients are recorded"
     # FP8 values may be multiplied in bfloat16 here
     torch.testing.assert_close(y, expected, rtol=2**-7, atol=2**-7 * expected.abs().max().item() if rows else 0)
     # with one form of x that one can be taken only
