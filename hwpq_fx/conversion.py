@@ -36,7 +36,7 @@ from .config import HWPQConfig, check_for_model
 from .context import as_written
 from .distributed import reduce_statistics
 from .errors import CalibrationError, ConfigError, ModelError
-from .layers import Layer, check_convertible, check_patterns, is_target, layers_of, left_out, put
+from .layers import Layer, check_convertible, check_patterns, is_target, layers_of, left_out, module_of, put
 from .lockstep import compress_in_order
 from .plan import (
     DEFAULT_GPU,
@@ -85,7 +85,7 @@ def prepare(model: M, config: HWPQConfig | None = None) -> M:
     Every call of the model (`model(...)`, `model.generate(...)`) is observed until then, eagerly. Raises ConfigError
     or ModelError and changes nothing where the model or the config does not fit.
     """
-    module = _module_of(model)
+    module = module_of(model)
     config = _checked(module, config)
     if PREPARED in module.__dict__:
         raise ModelError("the model is prepared already: run batches through it, then call convert(model)")
@@ -123,7 +123,7 @@ def convert(
     then as it was before, without observers (a prepared one stays prepared where the arguments were wrong).
     `hwpq_fx.report(model)` tells what was done to each layer.
     """
-    module = _module_of(model)
+    module = module_of(model)
     prepared = module.__dict__.get(PREPARED)
     if prepared is not None and config is not None:
         raise ModelError("a prepared model has its config already: give it to prepare(), not to convert()")
@@ -202,12 +202,6 @@ def _calibration(model: Any, config: HWPQConfig) -> Calibration:
     return Calibration(model, config.gathered_bytes, names, wanted)
 
 
-def _module_of(model: Any) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is {type(model).__name__}: an nn.Module or torch.compile(module) is wanted")
-    return unwrap(model)
-
-
 def _checked(module: nn.Module, config: HWPQConfig | None) -> HWPQConfig:
     """The config to use, a copy, once it and the model are found to fit."""
     config = check_for_model(config)
@@ -243,7 +237,7 @@ def plan(
     `hwpq_fx.kernels.gpus`), or as measured where the model is on a GPU that `hwpq-fx tune` has measured. Layers whose
     error is out of the ordinary stay dense. Raises as `convert` does; the model is left as it was.
     """
-    module = _module_of(model)
+    module = module_of(model)
     if PREPARED in module.__dict__:
         raise ModelError("the model is prepared for convert(): plan() runs its own batches, on a model that is not")
     config = _checked(module, config)

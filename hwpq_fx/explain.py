@@ -10,8 +10,10 @@ from torch import fx
 
 from hwpq_fx.passes import Siblings, merged_of, rewrite
 from hwpq_fx.passes.dynamo import Observation
+from hwpq_fx.passes.undo import undone_after
 
 from .calibration import as_call
+from .layers import module_of
 
 
 @dataclass
@@ -75,7 +77,8 @@ def explain(model: Callable[..., Any], example: Any) -> Explanation:
     """Trace one call of `model` and show what our passes make of its graphs.
 
     example: a batch as for `convert`: a tensor, a tuple of arguments or a mapping. Runs the model once, eagerly, and
-    leaves it as it was; what Dynamo had compiled for its class is compiled again at the next call.
+    leaves it as it was; what Dynamo had compiled for its class is compiled again at the next call. Raises TypeError for
+    what is no module.
     """
     explanation = Explanation()
 
@@ -83,11 +86,9 @@ def explain(model: Callable[..., Any], example: Any) -> Explanation:
         explanation.graphs.append(GraphChange(gm, rewrite(gm, example_inputs)))
         return gm
 
+    module_of(model)
     args, kwargs = as_call(example, "example")
     observation = Observation(model, collect, lambda *_: None)
-    try:
-        with torch.no_grad():
-            model(*args, **kwargs)
-    finally:
-        observation.remove()
+    with undone_after(observation.remove), torch.no_grad():
+        model(*args, **kwargs)
     return explanation

@@ -23,7 +23,8 @@ def mm_compatible(rows: int, cols: int) -> bool:
 @cache
 def rowwise_on_cpu() -> bool:
     """Whether torch multiplies FP8 matrices with a scale per row on the CPU: from 2.12 on."""
-    x, scale = torch.zeros(16, 16, dtype=torch.float8_e4m3fn), torch.ones(16, 1)
+    x = torch.zeros(16, 16, dtype=torch.float8_e4m3fn, device="cpu")
+    scale = torch.ones(16, 1, device="cpu")
     try:
         torch._scaled_mm(x, x.t(), scale_a=scale, scale_b=scale.t(), out_dtype=torch.float32)
     except RuntimeError:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from torchao.utils import TorchAOBaseTensor
 
 from hwpq_fx.passes import Use
+from hwpq_fx.passes.dynamo import unwrap
 
 from .config import DEFAULT_IGNORE, HWPQConfig
 from .errors import ModelError
@@ -53,6 +55,13 @@ class Layer:
         if type(self.owner).__name__ == "Conv1D" and type(self.owner).__module__ == "transformers.pytorch_utils":
             return Use(True, 0, cols)
         return None
+
+
+def module_of(model: Any) -> nn.Module:
+    """The module, which `torch.compile` may have wrapped. Raises TypeError for anything else, a function say."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}: an nn.Module or torch.compile(module) is wanted")
+    return unwrap(model)
 
 
 def check_patterns(layers: Iterable[Layer], config: HWPQConfig) -> None:

@@ -15,6 +15,7 @@ from torchao.quantization.transform_module import register_quantize_module_handl
 from torchao.utils import TorchAOBaseTensor
 
 from hwpq_fx.kernels import FORMAT_K, Float8Sparse24Tensor
+from hwpq_fx.kernels.transforms import outside_transforms
 from hwpq_fx.passes import Use
 
 from .compress import cannot_compress, check_packing_format, check_weight, compress, fast
@@ -47,7 +48,8 @@ class ModuleObserver:
         self._calls = 0
 
     def _observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.statistics.update(args[0] if args else kwargs["input"], call=self._calls)
+        with outside_transforms(args[0] if args else kwargs["input"]) as x:
+            self.statistics.update(x, call=self._calls)
         self._calls += 1
 
     def remove(self) -> None:

@@ -48,7 +48,7 @@ def select_ratio(
         raise ValueError("scores hold infinity")
     keys = _ordered(_critical_lambda(scores, mean_rate, dev_rate)).flatten()
     target = round(ratio * keys.numel())
-    low, high = _bisect(keys, target, start=int(_ordered(torch.tensor(lam, dtype=torch.float32))))
+    low, high = _bisect(keys, target, start=int(_ordered(torch.tensor(lam, dtype=torch.float32, device="cpu"))))
     pruned = keys < low
     missing = target - int(pruned.sum())
     if missing == 0:

@@ -28,11 +28,21 @@ def default_dtype(dtype):
         torch.set_default_dtype(before)
 
 
+@contextmanager
+def default_device(device):
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
 MODES = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "autocast to float16": lambda: torch.autocast("cpu", torch.float16),
     "default bfloat16": lambda: default_dtype(torch.bfloat16),
     "default float64": lambda: default_dtype(torch.float64),
+    "default device": lambda: default_device("meta"),
     "inference mode": torch.inference_mode,
 }
 CONFIGS = {

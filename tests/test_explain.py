@@ -104,6 +104,12 @@ def test_examples_of_every_kind(x):
         hwpq_fx.explain(model, 3)
 
 
+def test_what_is_no_module(x):
+    for model in (lambda x: x, torch.compile(lambda x: x), converted(x).forward):
+        with pytest.raises(TypeError, match=r"model is \w+: an nn.Module or torch.compile\(module\) is wanted"):
+            hwpq_fx.explain(model, x)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_an_example_that_the_model_refuses(compiled, x):
     model = converted(x, compiled)

@@ -106,6 +106,26 @@ def test_the_bound_on_memory_is_for_all_modules_together():
     assert isinstance(again[0]._hwpq_observer.statistics.curvature, GramMatrix), "what was taken was given back"
 
 
+def test_a_layer_that_is_called_inside_vmap():
+    """All its rows are observed, whichever dimension they run over."""
+    model, x = nn.Sequential(nn.Linear(64, 32)).eval(), torch.randn(3, 8, 64)
+    bits = []
+    for forward in (
+        lambda one: one(x),
+        lambda one: torch.vmap(one)(x),
+        lambda one: torch.vmap(one, in_dims=1)(x.transpose(0, 1)),
+        lambda one: torch.vmap(torch.vmap(one))(x),
+        lambda one: torch.func.grad(lambda x: one(x).sum())(x),
+    ):
+        copied = copy.deepcopy(model)
+        quantize_(copied, HWPQConfig(step="prepare"))
+        forward(copied)
+        assert vars(copied[0])["_hwpq_observer"].statistics.rows == 24
+        quantize_(copied, HWPQConfig(step="convert"))
+        bits.append(copied[0].weight.dequantize())
+    assert all(torch.equal(one, bits[0]) for one in bits)
+
+
 def test_errors():
     model = nn.Sequential(nn.Linear(64, 32)).eval()
     for config in (HWPQConfig(targets=["0"]), HWPQConfig(ignore=[])):
