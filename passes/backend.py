@@ -8,14 +8,14 @@ import torch
 from torch import fx
 
 from .frozen import freeze
-from .inline import inline_attention
+from .inline import inline_attention, inline_nested
 from .lower import lower
 from .merge import MERGE, bound, example_inputs, merge
 
 Pass = Callable[..., fx.GraphModule]
 
 # in order, each on a copy of the graph; `merge` is shown its inputs as well
-PASSES: tuple[Pass, ...] = (inline_attention, merge, lower, freeze)
+PASSES: tuple[Pass, ...] = (inline_nested, inline_attention, merge, lower, freeze)
 
 
 def rewrite(gm: fx.GraphModule, inputs: Sequence[Any], passes: Sequence[Pass] | None = None) -> fx.GraphModule:

@@ -1,12 +1,22 @@
-"""The inline pass: `F.multi_head_attention_forward`, which Dynamo keeps as one node, becomes its aten ops.
+"""The inline passes: what Dynamo keeps as one node becomes what it does, so that the products inside can be seen.
+
+`F.multi_head_attention_forward` becomes its aten ops:
 
 before   %y = multi_head_attention_forward(%q, %k, %v, ..., %in_proj_weight, ..., %out_proj_weight, ...)
 after    %s = split_with_sizes(%in_proj_weight, [64, 128])     %a = linear(%q, %s[0])     ...
-         %y = linear(%o, %out_proj_weight, %out_proj_bias)     so that the products inside can be seen
+         %y = linear(%o, %out_proj_weight, %out_proj_bias)
+
+A region of `torch.utils.checkpoint` or `nested_compile_region`, becomes its body:
+
+before   %y = invoke_subgraph(%subgraph_0, "subgraph_0", %x, %w, %b)[0]
+after    %a = linear(%x, %w, %b)     %y = relu(%a)
 """
 
+import operator
+from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -16,6 +26,79 @@ from hwpq_fx.kernels import Float8Sparse24Tensor
 from .values import as_traced, copy_of, give_value, rewritten, value_of
 
 ATTENTION: Any = F.multi_head_attention_forward
+CHECKPOINT, NESTED = torch.ops.higher_order.tag_activation_checkpoint, torch.ops.higher_order.invoke_subgraph
+# by what calls a region, where its operands begin; the body comes first
+OPERANDS = {CHECKPOINT: 1, NESTED: 2}
+
+
+def inline_nested(gm: fx.GraphModule) -> fx.GraphModule:
+    """`inline_regions` for nested ones that take a packed weight, which torch does not compile. Others stay: who asks
+    for a region wants it compiled once."""
+    return inline_regions(gm, _takes_packed)
+
+
+def inline_regions(gm: fx.GraphModule, wanted: Callable[[fx.Node], bool] = lambda node: True) -> fx.GraphModule:
+    """Inline every region, where `wanted`, into a copy of `gm`; `gm` itself where there is none."""
+    found = [node for node in gm.graph.nodes if _is_region(node, gm) and wanted(node)]
+    if not found:
+        return gm
+    names = {node.name for node in found}
+    graph = copy_of(gm)
+    with as_traced(graph) as follow:
+        for node in list(graph.nodes):
+            follow(node)
+            if node.name in names:
+                with graph.inserting_before(node):
+                    results = _written_out(graph, _body(node, gm), node.args[OPERANDS[node.target] :], follow)
+                body = node.args[0]
+                _replace(graph, node, results)
+                if not body.users:
+                    graph.erase_node(body)
+    return rewritten(gm, graph)
+
+
+def _is_region(node: fx.Node, gm: Any) -> bool:
+    """Whether it calls a region whose body can be written out."""
+    if node.target not in OPERANDS or any(user.target is not operator.getitem for user in node.users):
+        return False
+    body = _body(node, gm)
+    return all(_can_be_written(inner, body) for inner in body.graph.nodes)
+
+
+def _can_be_written(inner: fx.Node, body: fx.GraphModule) -> bool:
+    if inner.op == "get_attr":  # the bodies of further regions only
+        return all(user.target in OPERANDS for user in inner.users)
+    return _is_region(inner, body) if inner.target in OPERANDS else inner.op != "call_module"
+
+
+def _takes_packed(node: fx.Node) -> bool:
+    values = [value_of(one) for one in node.all_input_nodes]
+    return node.target is NESTED and any(isinstance(value, Float8Sparse24Tensor) for value in values)
+
+
+def _body(node: fx.Node, gm: Any) -> fx.GraphModule:
+    return getattr(gm, node.args[0].target)  # type: ignore[union-attr]
+
+
+def _written_out(graph: fx.Graph, body: fx.GraphModule, operands: Any, follow: Callable[[fx.Node], None]) -> Any:
+    """Write the nodes of a region's body into the graph; what it gives back."""
+    env: dict[fx.Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), operands, strict=True))
+    *inside, output = body.graph.nodes
+    for inner in inside:
+        if inner.op in ("placeholder", "get_attr"):
+            continue
+        given: Any = fx.map_arg(inner.args, env.get)
+        if inner.target in OPERANDS:
+            env[inner] = _written_out(graph, _body(inner, body), given[OPERANDS[inner.target] :], follow)
+        elif inner.target is operator.getitem and isinstance(given[0], (tuple, list)):
+            env[inner] = given[0][given[1]]
+        else:
+            env[inner] = graph.node_copy(inner, env.__getitem__)
+            follow(env[inner])
+            # one body may serve many calls, each with values of its own
+            if value_of(inner) is not None:
+                give_value(env[inner])
+    return fx.map_arg(output.args[0], env.__getitem__)
 
 
 def inline_attention(gm: fx.GraphModule) -> fx.GraphModule:
