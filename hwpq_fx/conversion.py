@@ -13,6 +13,7 @@ from torch import nn
 
 from hwpq_fx.passes import HwpqBackend, Use
 from hwpq_fx.passes.dynamo import compile_in_place, compile_settings, unwrap
+from hwpq_fx.passes.observe import MULTIPLIED
 from hwpq_fx.passes.undo import undone_after, undone_on_failure
 
 from .calibration import Calibration, tracked
@@ -36,7 +37,17 @@ from .config import HWPQConfig, check_for_model
 from .context import as_written
 from .distributed import reduce_statistics
 from .errors import CalibrationError, ConfigError, ModelError
-from .layers import Layer, check_convertible, check_patterns, is_target, layers_of, left_out, module_of, put
+from .layers import (
+    Layer,
+    check_convertible,
+    check_patterns,
+    is_target,
+    layers_of,
+    left_out,
+    module_of,
+    put,
+    without_nested_tensors,
+)
 from .lockstep import compress_in_order
 from .plan import (
     DEFAULT_GPU,
@@ -160,6 +171,7 @@ def convert(
         compiled = [(part, settings) for part in parts if (settings := compile_settings(part))]
         for layer, weight in made:
             put(layer, weight)
+        without_nested_tensors(module)
         for part, settings in compiled:
             compile_in_place(part, HwpqBackend(settings.backend), settings)
         attach(module, prepared.config)
@@ -377,11 +389,11 @@ def _plan(layer: Layer, prepared: _Prepared) -> tuple[Statistics, str]:
     config, static = prepared.config, layer.static_use
     if prepared.calibration is None:
         statistics: Statistics = {static: []} if static else {}
-        reason = ""
+        reason = layer.unsure
     else:
         recorder, key = prepared.calibration.recorder, id(layer.parameter)
         statistics = recorder.uses.get(key, {})
         reason = recorder.blocked.get(key, "") or not_reached(statistics)
-    if not statistics and not static:
+    if not statistics and not static and not reason.startswith(MULTIPLIED):
         return {}, "no product with it was seen" if is_target(layer, config) else ""
     return statistics, left_out(layer, config) or reason or cannot_compress(layer, list(statistics), config)

@@ -56,6 +56,15 @@ class Layer:
             return Use(True, 0, cols)
         return None
 
+    @property
+    def unsure(self) -> str:
+        """Why `static_use` may not be the whole story where no trace has seen it, or ""."""
+        known = next((kind for kind in (nn.Linear, nn.MultiheadAttention) if isinstance(self.owner, kind)), None)
+        if known is None or type(self.owner).forward is known.forward:
+            return ""
+        name = type(self.owner).__name__
+        return f"{name} has a forward of its own: hwpq_fx.convert with calibration sees what that does with the weight"
+
 
 def module_of(model: Any) -> nn.Module:
     """The module, which `torch.compile` may have wrapped. Raises TypeError for anything else, a function say."""
@@ -94,7 +103,8 @@ def _any_match(layer: Layer, patterns: Iterable[str]) -> bool:
 def layers_of(model: nn.Module) -> list[Layer]:
     """Every 2-D floating point parameter of the model once, tied ones under their first name."""
     found: dict[int, Layer] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
+    for path, module in model.named_modules(remove_duplicate=False):
+        prefix = _as_written(path)
         for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             name = prefix if attribute == "weight" and prefix else f"{prefix}.{attribute}".lstrip(".")
             known = found.get(id(parameter))
@@ -118,11 +128,16 @@ def _routes(layer: Layer, experts: list[str], shape: torch.Size) -> bool:
     return beside and count == shape[0] and channels in shape[1:]
 
 
+def _as_written(path: str) -> str:
+    """A module's name without what `torch.compile` adds for parts that were compiled one by one."""
+    return ".".join(part for part in path.split(".") if part != "_orig_mod")
+
+
 def stacked_of(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Weights that hold a matrix for each expert, [experts, ., .]: not converted, but often most of the model."""
     return [
-        (f"{prefix}.{attribute}".lstrip("."), parameter)
-        for prefix, module in model.named_modules()
+        (f"{_as_written(path)}.{attribute}".lstrip("."), parameter)
+        for path, module in model.named_modules()
         if not type(module).__module__.startswith("torch.nn.")  # convolutions
         for attribute, parameter in module.named_parameters(recurse=False)
         if not is_lazy(parameter) and parameter.dim() == 3 and min(parameter.shape) > 1
@@ -171,3 +186,12 @@ def put(layer: Layer, weight: torch.Tensor) -> None:
     """Put `weight` in the parameter's place; a parameter goes there itself."""
     parameter = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
     layer.owner.register_parameter(layer.attribute, parameter)
+
+
+def without_nested_tensors(model: nn.Module) -> None:
+    """Keep encoders from making nested tensors of padded inputs, which packed weights do not take: torch asks the first
+    layer alone."""
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder):
+            packed = any(isinstance(weight, TorchAOBaseTensor) for weight in encoder.parameters())
+            encoder.use_nested_tensor = encoder.use_nested_tensor and not packed

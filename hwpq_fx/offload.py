@@ -237,7 +237,7 @@ class _Conversion:
         """Why a layer stays dense whatever calibration sees, or ""."""
         use = layer.static_use
         unfit = cannot_compress(layer, [use], self.config) if use else "not a linear layer"
-        return left_out(layer, self.config) or unfit
+        return left_out(layer, self.config) or layer.unsure or unfit
 
     def _recall(self, file: Path) -> None:
         """Take over what the shard of a block says of it."""

@@ -78,6 +78,8 @@ def quantize_module(module: nn.Module, config: HWPQConfig, *, parameter_name: st
     layer = Layer([what], module, parameter_name, parameter, [])
     use = layer.static_use if parameter.dim() == 2 else None
     reason = cannot_compress(layer, [use], config) if use else "not a linear layer with a 2-D weight"
+    if config.step != "prepare_for_loading":  # what is loaded was packed by someone who knew
+        reason = layer.unsure or reason
     if reason:
         logger.warning("%s stays dense: %s", what, reason)
         return module

@@ -270,4 +270,5 @@ def _rows(weight: fx.Node) -> int:
 def _layer(weight: fx.Node) -> str:
     """The module's name, read from where Dynamo found the weight."""
     name = weight.meta.get(SOURCE, weight.name)
-    return ".".join(re.findall(r"_(?:modules|parameters)\['(.+?)'\]", name)).removesuffix(".weight") or name
+    path = re.findall(r"_(?:modules|parameters)\['(.+?)'\]", name)
+    return ".".join(part for part in path if part != "_orig_mod").removesuffix(".weight") or name

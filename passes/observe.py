@@ -28,6 +28,9 @@ VIEWS = {
     *("getitem", "slice", "narrow", "chunk", "split", "split_with_sizes", "tensor_split"),
     *("detach", "_get_data_attr", "contiguous", "to", "type_as", "float", "double", "half", "bfloat16"),
 }
+# how reasons begin: of other uses, of products
+USED, MULTIPLIED = "also used by ", "multiplied "
+OTHERWISE = MULTIPLIED + "through a view that is neither rows of it nor its transpose"
 
 
 class Use(NamedTuple):
@@ -80,6 +83,7 @@ def observe(gm: fx.GraphModule, recorder: Recorder) -> Observed:
 
     by_input: dict[tuple[fx.Node, int], list[tuple[fx.Node, Use, fx.Node]]] = {}
     served: set[tuple[fx.Node, fx.Node]] = set()
+    otherwise: set[fx.Node] = set()
     for product in products(graph):
         weight = owner.get(memory_of(product.weight))
         if weight is None or memory_of(product.x) == memory_of(weight):
@@ -87,6 +91,8 @@ def observe(gm: fx.GraphModule, recorder: Recorder) -> Observed:
         if use := _use(weight, product.weight, product.linear):
             by_input.setdefault((product.x, product.epoch), []).append((weight, use, product.node))
             served.add((product.weight, product.node))
+        else:
+            otherwise.add(weight)
 
     turned = sequence_first(graph, {x for x, _ in by_input})
     observed = fx.GraphModule(gm, graph)
@@ -103,7 +109,7 @@ def observe(gm: fx.GraphModule, recorder: Recorder) -> Observed:
     blocked = {}
     for place, weight in enumerate(placeholders):
         if _is_weight(weight) and (reason := _other_use(weight, same_memory[memory_of(weight)], served)):
-            blocked[place] = reason
+            blocked[place] = OTHERWISE if weight in otherwise and reason.startswith(USED) else reason
     graph.lint()
     observed.recompile()
     return Observed(observed, blocked, len(by_input), len(served))
@@ -156,8 +162,8 @@ def _other_use(weight: fx.Node, same_memory: list[fx.Node], served: set[tuple[fx
             if user.target == OBSERVER or (node, user) in served or _is_view(weight, user):
                 continue
             if on_the_left(node, user):
-                return f"also used by {op_name(user)} on its left (W @ x)"
-            return f"also used by {op_name(user)}, which is not a product with a 2-D weight"
+                return f"{MULTIPLIED}by {op_name(user)} on its left (W @ x)"
+            return f"{USED}{op_name(user)}, which is not a product with a 2-D weight"
     return None
 
 
