@@ -77,7 +77,8 @@ def _takes_packed(node: fx.Node) -> bool:
 
 
 def _body(node: fx.Node, gm: Any) -> fx.GraphModule:
-    return getattr(gm, node.args[0].target)  # type: ignore[union-attr]
+    place: Any = node.args[0]
+    return getattr(gm, place.target)
 
 
 def _written_out(graph: fx.Graph, body: fx.GraphModule, operands: Any, follow: Callable[[fx.Node], None]) -> Any:
