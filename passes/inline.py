@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.torch_version import TorchVersion
 
 from hwpq_fx.kernels import Float8Sparse24Tensor
 
@@ -35,6 +36,12 @@ def inline_nested(gm: fx.GraphModule) -> fx.GraphModule:
     """`inline_regions` for nested ones that take a packed weight, which torch does not compile. Others stay: who asks
     for a region wants it compiled once."""
     return inline_regions(gm, _takes_packed)
+
+
+def may_hold_packed(node: fx.Node) -> bool:
+    """Whether Dynamo traces a region once its weights are packed: nested ones with tensor subclasses not before torch
+    2.13, where one body serves several calls (tried on 2.11 and 2.13)."""
+    return node.target is CHECKPOINT or TorchVersion(torch.__version__) >= "2.13"
 
 
 def inline_regions(gm: fx.GraphModule, wanted: Callable[[fx.Node], bool] = lambda node: True) -> fx.GraphModule:

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch._subclasses import FakeTensor
 
-from .inline import inline_attention, inline_regions
+from .inline import inline_attention, inline_regions, may_hold_packed
 from .order import sequence_first
 from .products import on_the_left, products
 from .values import copy_of, leaves, memory, memory_of, op_name, value_of
@@ -76,7 +76,7 @@ class Observed(NamedTuple):
 
 def observe(gm: fx.GraphModule, recorder: Recorder) -> Observed:
     """Insert observer nodes into a copy of `gm`, a Dynamo graph whose parameters are placeholders."""
-    gm = inline_attention(inline_regions(gm))
+    gm = inline_attention(inline_regions(gm, may_hold_packed))
     graph = copy_of(gm)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     owner = {memory_of(node): node for node in placeholders if _is_weight(node)}
