@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .cubin import Specimen
-from .gemv24 import arguments, config
+from .gemv24 import SparseMma, arguments, config
 
 
 @triton.jit
@@ -334,7 +334,8 @@ def specimens(arch: int) -> list[Specimen]:
 
     def one(m: int, n: int, k: int, dtype: torch.dtype, ahead: bool = False) -> Specimen:
         cut = config(arch, m, n, k, dtype)
-        cut = cut._replace(ahead=True) if ahead else cut
+        if isinstance(cut, SparseMma):
+            cut = cut._replace(ahead=ahead)
         kernel, constants, options = arguments(cut, k, dtype, bias=False)
         kind = TYPES[dtype]
         signature = {"x": kind, "qdata": "*u8", "sparse_metadata": "*u8", "scale": "*fp32", "y": kind}
