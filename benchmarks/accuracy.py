@@ -20,7 +20,7 @@ from typing import Any
 
 import click
 import torch
-from methods import METHODS, dense_fp8, grams, linears, plain, pruned, where
+from methods import METHODS, dense_fp8, inputs_of, linears, plain, pruned, where
 from small_llama import SmallLlama, perplexity, small_llama
 from torch import nn
 
@@ -93,7 +93,7 @@ def measure(
         rows[name] = {"perplexity": perplexity(model, small.held_out), "KL": kl}
         progress(f"seed {seed}  {name}: " + ", ".join(f"{value:.4g} {what}" for what, value in rows[name].items()))
 
-    inputs = grams(small.model, calib)
+    inputs = inputs_of(small.model, calib)
     for name in methods or METHODS:
         add(name, pruned(small.model, inputs, METHODS[name])[0])
     if not methods:
@@ -117,7 +117,7 @@ def times(small: SmallLlama, progress: Callable[[str], None]) -> dict[str, dict[
     seconds: dict[str, list[float]] = {name: [] for name in (*METHODS, IN_ORDER)}
     for seed in SEEDS:
         calib = drawn(small, seed)
-        inputs = grams(small.model, calib)
+        inputs = inputs_of(small.model, calib)
         for _ in range(TURNS):
             for name, method in METHODS.items():
                 seconds[name].append(pruned(small.model, inputs, method)[1])

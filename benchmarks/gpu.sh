@@ -15,8 +15,14 @@
 #   pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 -d .whl \
 #       torchao==0.18.0 platformdirs
 #
-# For half an hour of one GPU in calls of ten minutes, each on a machine that is bare again, .state being a copy of what
-# the call before left in $OUT (nothing that counts in machine.sources may change in between, or bench starts over):
+# In calls of ten minutes, each on a machine that is bare again, .state being a copy of what the call before left in $OUT
+# (nothing that counts in machine.sources may change in between, or bench starts over). For a quarter of an hour of one
+# GPU, its start included; the second call wants the machine while it is still there:
+#
+#   benchmarks/gpu.sh --wheels .whl --seconds 570 smoke block tune quick
+#   benchmarks/gpu.sh --wheels .whl --state .state --seconds 150 generate
+#
+# and for half an hour:
 #
 #   benchmarks/gpu.sh --wheels .whl smoke cuts tune quick
 #   benchmarks/gpu.sh --wheels .whl --state .state generate

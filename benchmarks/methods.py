@@ -1,8 +1,9 @@
-"""The ways to make a layer 2:4 that accuracy.py and minilm.py compare, and what both need around them."""
+"""The ways to make a layer 2:4 that accuracy.py, smollm.py and minilm.py compare, and what they need around them."""
 
 import copy
 import time
 from collections.abc import Callable, Iterable, Mapping
+from operator import add
 from typing import Any, NamedTuple
 
 import torch
@@ -30,39 +31,48 @@ class Pruned(NamedTuple):
     factor: torch.Tensor | None = None
 
 
-Method = Callable[[torch.Tensor, torch.Tensor], Pruned]
-"""Of a weight [N, K] and its inputs' X^T X [K, K]."""
+class Inputs(NamedTuple):
+    """Of a layer's inputs X [R, K]: X^T X float32 [K, K], their sums float64 [K], and R."""
+
+    gram: torch.Tensor
+    sums: torch.Tensor
+    rows: int
+
+
+Method = Callable[[torch.Tensor, Inputs], Pruned]
+"""Of a weight [N, K] and its inputs."""
 
 
 def by_score(saliency: str) -> Method:
     """The best two of every four by one of our saliencies, nothing compensated."""
 
-    def method(weight: torch.Tensor, gram: torch.Tensor) -> Pruned:
-        scores = score(weight, gram.diagonal(), saliency)
+    def method(weight: torch.Tensor, inputs: Inputs) -> Pruned:
+        scores = score(weight, inputs.gram.diagonal(), saliency)
         return Pruned(weight, best_two(scores.unflatten(1, (-1, 4))).flatten(1))
 
     return method
 
 
-def wanda(weight: torch.Tensor, gram: torch.Tensor) -> Pruned:
+def wanda(weight: torch.Tensor, inputs: Inputs) -> Pruned:
     """Wanda (arXiv 2306.11695): |w| times the norm of its input, the smallest two of every four go by top-k."""
-    metric = (weight.abs() * gram.diagonal().sqrt()).unflatten(1, (-1, 4))
+    metric = (weight.abs() * inputs.gram.diagonal().sqrt()).unflatten(1, (-1, 4))
     gone = metric.topk(2, dim=-1, largest=False).indices
     return Pruned(weight, torch.ones_like(metric, dtype=torch.bool).scatter_(-1, gone, False).flatten(1))
 
 
-def energy(weight: torch.Tensor, gram: torch.Tensor) -> Pruned:
+def energy(weight: torch.Tensor, inputs: Inputs) -> Pruned:
     """compensation="energy"."""
-    mask = by_score(OURS.saliency)(weight, gram).mask
-    return Pruned(weight, mask, compensate(weight, mask, gram.diagonal(), "energy"))
+    mask = by_score(OURS.saliency)(weight, inputs).mask
+    new, factor = compensate(weight, mask, inputs.gram.diagonal(), "energy", inputs.sums, inputs.rows)
+    return Pruned(new, mask, factor)
 
 
 def cg(rounds: int, steps: int) -> Method:
     """compensation="cg"."""
 
-    def method(weight: torch.Tensor, gram: torch.Tensor) -> Pruned:
-        mask = by_score(OURS.saliency)(weight, gram).mask
-        return Pruned(*refine(weight, mask, gram, rounds, steps, fast=rounded(gram)))
+    def method(weight: torch.Tensor, inputs: Inputs) -> Pruned:
+        mask = by_score(OURS.saliency)(weight, inputs).mask
+        return Pruned(*refine(weight, mask, inputs.gram, rounds, steps, fast=rounded(inputs.gram)))
 
     return method
 
@@ -73,8 +83,8 @@ METHODS: dict[str, Method] = {
     "contribution": by_score("contribution"),
     "RIA": by_score("relative"),
     "Wanda": wanda,
-    "SparseGPT": lambda weight, gram: Pruned(*sparsegpt24(weight, gram)),
-    "ALPS": lambda weight, gram: Pruned(*alps24(weight, gram)),
+    "SparseGPT": lambda weight, inputs: Pruned(*sparsegpt24(weight, inputs.gram)),
+    "ALPS": lambda weight, inputs: Pruned(*alps24(weight, inputs.gram)),
     "ours, energy": energy,
     "ours, cg without choosing again": cg(0, 20),
     "ours, cg": cg(OURS.cg_rounds, OURS.cg_steps),
@@ -88,16 +98,18 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 @torch.no_grad()
-def grams(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """X^T X of every linear layer's input, float32 [K, K]; rows of padding (attention_mask 0) do not count."""
-    found: dict[str, torch.Tensor] = {}
+def inputs_of(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, Inputs]:
+    """What is to be known of every linear layer's input; rows of padding (attention_mask 0) do not count."""
+    found: dict[str, Inputs] = {}
     real: torch.Tensor | None = None
 
     def hook(name: str) -> Callable[..., None]:
         def gather(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             # a pooler sees one row of each sequence, and no padding
             rows = args[0] if args[0].dim() == 2 else args[0].flatten(0, 1) if real is None else args[0][real]
-            found[name] = found.get(name, 0) + rows.float().T @ rows.float()
+            rows = rows.float()
+            new = Inputs(rows.T @ rows, rows.sum(0, dtype=torch.float64), len(rows))
+            found[name] = Inputs(*map(add, found[name], new)) if name in found else new
 
         return gather
 
@@ -110,7 +122,7 @@ def grams(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, t
     return found
 
 
-def pruned(model: nn.Module, inputs: Mapping[str, torch.Tensor], method: Method) -> tuple[nn.Module, float]:
+def pruned(model: nn.Module, inputs: Mapping[str, Inputs], method: Method) -> tuple[nn.Module, float]:
     """A copy of the model with every layer as it is once pruned and packed, FP8 activations included, and the seconds
     that the method took.
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 import torch
-from methods import METHODS, dense_fp8, grams, linears, pruned, where
+from methods import METHODS, dense_fp8, inputs_of, linears, pruned, where
 from torch import nn
 
 from hwpq_fx.minilm import MiniLM, embed, sentences
@@ -42,7 +42,7 @@ def main(threads: int, device: str, out: Path) -> None:
         cosine = (embed(converted, heldout) * expected).sum(1)
         return {"mean": cosine.mean().item(), "lowest": cosine.min().item()}
 
-    inputs = grams(model, calib)
+    inputs = inputs_of(model, calib)
     agreements: dict[str, dict[str, float]] = {}
     seconds: dict[str, list[float]] = {name: [] for name in METHODS}
     for _ in range(ROUNDS):

@@ -43,11 +43,13 @@ PARTS, LEAST_PART = 16, 2**22
 
 
 class Span(NamedTuple):
-    """Output rows start..stop of a weight that see the same input; sum_sq float32 [K], None where unknown."""
+    """Output rows start..stop of a weight that see the same input; sum_sq float32 [K] and sums float64 [K], None where
+    unknown."""
 
     start: int
     stop: int
     sum_sq: torch.Tensor | None
+    sums: torch.Tensor | None
     rows: int
     curvature: Combined | None
 
@@ -278,8 +280,9 @@ def spans_of(name: str, weight: torch.Tensor, statistics: Statistics) -> list[Sp
             )
         # an input that was always zero tells nothing of its channels
         known = sum_sq is not None and bool(sum_sq.any())
+        sums = torch.stack([one.sums.to(weight.device) for one in seen]).sum(0) if known else None
         curvature = combined(seen, weight.device) if known else None
-        spans.append(Span(start, stop, sum_sq if known else None, sum(one.rows for one in seen), curvature))
+        spans.append(Span(start, stop, sum_sq if known else None, sums, sum(one.rows for one in seen), curvature))
     return spans
 
 
@@ -310,7 +313,8 @@ def _compensate(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The weight to store, the mask it ends with, and a factor per row."""
     if span.curvature is None:
-        return weight, mask, compensate(weight.float(), mask, span.sum_sq, _compensation_of(span, config))
+        new, factor = compensate(weight, mask, span.sum_sq, _compensation_of(span, config), span.sums, span.rows)
+        return _within(new, weight.dtype), mask, factor
     gram = span.curvature.fit
     # a sample says less than all rows do: hold on to the original weight more
     damping = 0.1 if isinstance(gram, MatrixFree) else 0.01
@@ -334,8 +338,8 @@ def rounded(gram: torch.Tensor | MatrixFree) -> Rounded | None:
 
 
 def _squared_errors(weight: torch.Tensor, made: Any, span: Span) -> tuple[float, float]:
-    """||X(W - W')||^2 and ||XW||^2 over rows of the span's weight; without curvature, as if channels were
-    uncorrelated."""
+    """||X(W - W')||^2 and ||XW||^2 over rows of the span's weight; without curvature, as if channels were correlated by
+    their means alone."""
     weight = weight.float()
     packed = isinstance(made, Float8Sparse24Tensor)
     restored = made.dequantize(torch.float32) if packed else made.dequantize().float()
@@ -346,9 +350,15 @@ def _squared_errors(weight: torch.Tensor, made: Any, span: Span) -> tuple[float,
     sum_sq = span.sum_sq
     if sum_sq is None:
         sum_sq = torch.ones(weight.shape[1], dtype=torch.float32, device=weight.device)
-    channel = sum_sq.double()
-    lost = ((weight - restored).double().square() @ channel).sum().item()
-    return lost, (weight.double().square() @ channel).sum().item()
+    sums = torch.zeros_like(sum_sq, dtype=torch.float64) if span.sums is None else span.sums
+    of_means = sums.square() / max(1, span.rows)
+    spread = (sum_sq - of_means).clamp_min_(0)
+
+    def energy(rows: torch.Tensor) -> float:
+        rows = rows.double()
+        return float((rows.square() @ spread).sum() + (rows @ sums).square().sum() / max(1, span.rows))
+
+    return energy(weight - restored), energy(weight)
 
 
 def _relative_error(errors: list[tuple[float, float]]) -> float:

@@ -56,7 +56,7 @@ class HWPQConfig(AOBaseConfig):
 
     compensation: str = "cg"
     """What is done for what pruning took: "cg" fits the kept weights to the calibration inputs by conjugate gradients
-    and chooses the masks again in between; "energy" rescales each row to keep the energy of its output, from sums of
+    and chooses the masks again in between; "energy" keeps mean and variance of each output, from sums and sums of
     squares alone; "none" nothing. Without calibration "cg" is "energy"."""
 
     cg_steps: int = 10
@@ -73,8 +73,8 @@ class HWPQConfig(AOBaseConfig):
 
     curvature_bytes: int | None = None
     """Memory on each device that "cg" may take during calibration, for X^T X of every input (4 K^2 bytes each). Inputs
-    for which there is no more room keep a sample of rows, and after that only sums of squares; the report says which.
-    None: half of what is free on a GPU, 4 GiB elsewhere."""
+    for which there is no more room keep a sample of rows, and after that only sums and sums of squares; the report says
+    which. None: half of what is free on a GPU, 4 GiB elsewhere."""
 
     activation: str = "dynamic"
     """"dynamic": the inputs of converted layers become FP8 too, one scale per row, on the fly, as sparse tensor

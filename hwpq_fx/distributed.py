@@ -30,9 +30,9 @@ GRAM, ROWS = "X^T X", "rows"
 def reduce_statistics(model: nn.Module, recorder: CalibrationRecorder, group: "ProcessGroup") -> None:
     """Make of what `recorder` saw on this process what all processes of `group` saw, on each bit for bit the same.
 
-    Sums of squares (float64) and X^T X (float32) are those of one process over all batches up to the order of adding.
-    Of samples of rows every process gives a part in proportion to its rows, not the rows that one process would have
-    drawn. An input that only some processes saw counts with what those saw.
+    Sums, sums of squares (float64) and X^T X (float32) are those of one process over all batches up to the order of
+    adding. Of samples of rows every process gives a part in proportion to its rows, not the rows that one process would
+    have drawn. An input that only some processes saw counts with what those saw.
 
     Collective: every process of the group calls it once its calibration is done. Raises CalibrationError, on every
     process, where their models are not of the same layers.
@@ -103,6 +103,7 @@ def _reduce(one: InputStatistics, group: "ProcessGroup") -> None:
     elif isinstance(one.curvature, RowSample):
         one.curvature.rows = _drawn(one.curvature, rows, group)
     _add(one.total, group)
+    _add(one.sums, group)
     dist.all_reduce(one.bad_call, dist.ReduceOp.MAX, group)
     one.rows = sum(rows)
 

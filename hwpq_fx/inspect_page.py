@@ -136,8 +136,8 @@ def _errors(inspection: Inspection) -> str:
     return _figure(
         "Error per layer", alt, draw,
         "||X(W - W')|| / ||XW|| on the calibration inputs, as conversion found it. With cg from X^T X or sampled rows, "
-        "else from sums of squares alone, as if input channels were uncorrelated: do not compare the one with the "
-        f"other. {alt}.",
+        "else from sums and sums of squares alone, as if input channels were correlated by their means alone: do not "
+        f"compare the one with the other. {alt}.",
     )  # fmt: skip
 
 

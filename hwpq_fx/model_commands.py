@@ -57,6 +57,21 @@ DEVICE = click.option(
 )
 
 
+def _config(context: click.Context, parameter: click.Parameter, value: str) -> HWPQConfig:
+    what = "--config"
+    try:
+        if not value.lstrip().startswith("{"):
+            what, value = value, Path(value).read_text(encoding="utf-8-sig")
+        fields = json.loads(value)
+        if not isinstance(fields, dict):
+            raise TypeError("it holds no JSON object")
+        return HWPQConfig(**fields)
+    except OSError as error:
+        raise click.BadParameter(f"{value!r} is neither a JSON object nor a file: {error.strerror}") from error
+    except (ValueError, TypeError) as error:
+        raise click.ClickException(f"{what}: {error}") from error
+
+
 def calibration_options(command: Callable) -> Callable:
     for option in (
         click.option("--calib", metavar="FILE|DATASET", help="Text, JSONL with \"text\", or a dataset's name; without "
@@ -65,8 +80,8 @@ def calibration_options(command: Callable) -> Callable:
                      help="Sequences of calibration text."),
         click.option("--length", default=2048, show_default=True, type=click.IntRange(1),
                      help="Tokens of each, at most what the model has positions for."),
-        click.option("--config", "config_file", type=click.Path(path_type=Path, exists=True, dir_okay=False),
-                     help="HWPQConfig's fields as JSON."),
+        click.option("--config", metavar="JSON|FILE", default="{}", callback=_config,
+                     help="HWPQConfig's fields as JSON, or a file of that."),
         DEVICE,
     ):  # fmt: skip
         command = option(command)
@@ -83,10 +98,9 @@ def calibration_options(command: Callable) -> Callable:
 @click.option("--resume", is_flag=True, help="Go on with an --offload run that was interrupted.")
 @click.option("--dry-run", "dry", is_flag=True, help="Say what would happen to each layer, and touch no weights.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
-def compress(model, calib, samples, length, config_file, device, out, plan_file, offload, resume, dry, as_json) -> None:
+def compress(model, calib, samples, length, config, device, out, plan_file, offload, resume, dry, as_json) -> None:
     """Convert MODEL, a folder or a hub id, and write it to --out."""
     with told():
-        config = read_config(config_file)
         if dry:
             if plan_file:
                 raise click.UsageError("--dry-run does not read plans: leave one of --plan and --dry-run out")
@@ -127,7 +141,7 @@ def compress(model, calib, samples, length, config_file, device, out, plan_file,
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="JSON file for `compress --plan`.")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Picture of speed against error.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
-def plan(model, calib, samples, length, config_file, device, gpu, out, plot, as_json) -> None:
+def plan(model, calib, samples, length, config, device, gpu, out, plot, as_json) -> None:
     """Weigh error against time for every layer of MODEL, without converting it."""
     with told():
         if plot and find_spec("matplotlib") is None:
@@ -137,7 +151,7 @@ def plan(model, calib, samples, length, config_file, device, gpu, out, plot, as_
         for file in (out, plot):
             if file and not file.absolute().parent.is_dir():
                 raise click.UsageError(f"{file}: there is no folder {file.absolute().parent}")
-        config, progress = read_config(config_file), not as_json and sys.stderr.isatty()
+        progress = not as_json and sys.stderr.isatty()
         loaded, tokenizer = load(model, device)
         batches = calibration(loaded, tokenizer, calib, samples, length)
         made = make_plan(loaded, batches, config, gpu=gpu, progress=progress)
@@ -252,18 +266,6 @@ def _length(model: Any, length: int) -> int:
 def _elsewhere(out: Path, source: str) -> None:
     if Path(source).exists() and Path(source).resolve() == out.resolve():
         raise click.UsageError(f"--out {out} is the model itself: name another folder")
-
-
-def read_config(file: Path | None) -> HWPQConfig:
-    if file is None:
-        return HWPQConfig()
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8-sig"))
-        if not isinstance(fields, dict):
-            raise TypeError("it holds no JSON object")
-        return HWPQConfig(**fields)
-    except (ValueError, TypeError) as error:
-        raise click.ClickException(f"{file}: {error}") from error
 
 
 COMMANDS = (compress, plan, evaluate_command, export)

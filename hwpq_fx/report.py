@@ -42,9 +42,9 @@ class LayerReport:
     error: float = 0.0
     """Relative output error ||X(W - W')|| / ||XW|| on the calibration inputs, FP8 rounding of W included, of
     activations not. With "cg" from X^T X or the sampled rows, an eighth of which are not fitted to and stand for all
-    that are not in the sample; else from the sums of squares alone: what it would be were the input channels
-    uncorrelated. Do not compare the one with the other. With sequential it is measured against the dense layer on the
-    dense model's inputs, and may exceed 1 where the layer makes up for those before it."""
+    that are not in the sample; else from sums and sums of squares alone: what it would be were the input channels
+    correlated by their means alone. Do not compare the one with the other. With sequential it is measured against the
+    dense layer on the dense model's inputs, and may exceed 1 where the layer makes up for those before it."""
     compensation: str = ""
     """What was done for the pruned weights: "none", "energy", "cg, X^T X", "cg, 4096 rows", or with
     sequential "cg, in order, X^T X"."""

@@ -42,7 +42,7 @@ class DryRun:
     model_bytes: int
     """All parameters and buffers, now."""
     statistics_bytes: int
-    """What calibration would gather, at most: sums of squares, and with "cg" X^T X or samples of rows."""
+    """What calibration would gather, at most: sums, sums of squares, and with "cg" X^T X or samples of rows."""
 
     bounded: bool
     """Whether the config has bounds, which may leave layers dense that are named converted here."""
@@ -112,7 +112,7 @@ def dry_run(source: str, config: HWPQConfig) -> DryRun:
         status, size = ("sparse24_fp8", packed_bytes(rows, cols)) if config.sparsity == "2:4" else ("fp8", 0)
         size = size or rows * cols + 4 * rows
         curvature = budget.grant(cols, torch.device("meta"))
-        statistics += 8 * cols
+        statistics += 2 * 8 * cols
         statistics += curvature.nbytes if curvature is not None else 0
         found.append(LayerSize(layer.name, (rows, cols), status, "", dense, size))
     for name, parameter in stacked_of(model):

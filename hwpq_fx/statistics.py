@@ -1,4 +1,4 @@
-"""What calibration gathers: per channel, the sum of the squared inputs of every product."""
+"""What calibration gathers: per channel, the sum of the inputs of every product and that of their squares."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,16 +11,18 @@ from .curvature import Curvature, CurvatureBudget
 
 
 class InputStatistics:
-    """Sum of squares per channel and the number of rows of one observed input; its curvature where one was granted.
+    """Of one observed input: per channel the sum of squares (`total`) and the sum, the number of rows, and curvature
+    where it was granted.
 
-    Each call adds a float32 sum; between calls the total is kept in float64, so that it does not matter how rows
-    were cut into batches.
+    Each call adds float32 sums; between calls they are kept in float64, so that it does not matter how rows were cut
+    into batches.
     """
 
     def __init__(self, channels: int, device: torch.device, curvature: Curvature | None = None):
         # normal tensors, which updates inside and outside of inference mode may change
         with torch.inference_mode(False):
             self.total = torch.zeros(channels, dtype=torch.float64, device=device)
+            self.sums = torch.zeros_like(self.total)
             self.bad_call = torch.full((), -1, dtype=torch.int64, device=device)
         self.rows = 0
         self.curvature = curvature
@@ -39,6 +41,7 @@ class InputStatistics:
         # one pass without a temporary, converting on the way
         norm = torch.linalg.vector_norm(rows, dim=0, dtype=torch.promote_types(rows.dtype, torch.float32))
         self.total += norm.double().square()
+        self.sums += rows.sum(0, dtype=norm.dtype)
         # noted on the device: asking would wait for it
         self.bad_call.copy_(torch.where(norm.isfinite().all() | (self.bad_call >= 0), self.bad_call, call))
         self.rows += rows.shape[0]

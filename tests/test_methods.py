@@ -34,17 +34,21 @@ def methods(load):
 
 def layer(rows=32, columns=64):
     x = torch.randn(256, 24) @ torch.randn(24, columns) + 0.1 * torch.randn(256, columns)
-    return torch.randn(rows, columns), x.T @ x
+    return torch.randn(rows, columns), x
+
+
+def seen(methods, x):
+    return methods.Inputs(x.T @ x, x.sum(0, dtype=torch.float64), len(x))
 
 
 def test_every_method_keeps_two_of_four_and_the_better_ones_lose_less(methods):
-    weight, gram = layer()
-    losses = {}
+    weight, x = layer()
+    inputs, losses = seen(methods, x), {}
     for name, method in methods.METHODS.items():
-        made = method(weight, gram)
+        made = method(weight, inputs)
         assert made.mask.dtype == torch.bool and (made.mask.view(32, 16, 4).sum(-1) == 2).all(), name
         new = made.weight * made.mask * (1 if made.factor is None else made.factor[:, None])
-        losses[name] = float(reconstruction_loss(weight, new, gram).sum())
+        losses[name] = float(reconstruction_loss(weight, new, inputs.gram).sum())
     assert losses["contribution"] == losses["Wanda"]
     assert losses["ALPS"] < losses["SparseGPT"] < losses["Wanda"] < losses["magnitude"]
     assert losses["ours, cg"] < losses["ours, cg without choosing again"] < losses["Wanda"]
@@ -58,7 +62,7 @@ def relative(made, expected):
 def test_pruned_computes_what_the_packed_weight_does(methods):
     """Up to the bfloat16 that a CPU's products of FP8 may come in, which is far below FP8."""
     model, x = nn.Sequential(nn.Linear(64, 32)), torch.randn(40, 64)
-    weight, bias, inputs = model[0].weight.detach().clone(), model[0].bias, {"0": torch.eye(64)}
+    weight, bias, inputs = model[0].weight.detach().clone(), model[0].bias, {"0": seen(methods, torch.eye(64))}
     made, seconds = methods.pruned(model, inputs, methods.METHODS["ours, energy"])
     assert seconds > 0 and torch.equal(model[0].weight, weight)
     packed = Float8Sparse24Tensor.from_hp(*methods.energy(weight, inputs["0"])[:2], "dynamic")
@@ -74,13 +78,13 @@ def test_pruned_computes_what_the_packed_weight_does(methods):
 @torch.no_grad()
 def test_every_method_on_a_gpu(methods):
     """As far from the dense layer as on the CPU: masks may differ by what rounding decides."""
-    weight, gram = layer(64, 128)
+    weight, rows = layer(64, 128)
     model, x = nn.Sequential(nn.Linear(128, 64)), torch.randn(256, 128)
     model[0].weight.data = weight
     for method in methods.METHODS.values():
         far = []
         for device in ("cpu", "cuda"):
-            made, seconds = methods.pruned(model.to(device), {"0": gram.to(device)}, method)
+            made, seconds = methods.pruned(model.to(device), {"0": seen(methods, rows.to(device))}, method)
             assert seconds > 0
             far.append(relative(made(x.to(device)), model(x.to(device))))
         assert far[1] == pytest.approx(far[0], rel=0.05)
@@ -88,15 +92,15 @@ def test_every_method_on_a_gpu(methods):
 
 def test_pruned_times_the_method_on_every_layer(methods):
     model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(3)), nn.Linear(32, 64))
-    inputs = {name: torch.eye(32) for name in methods.linears(model)}
-    seen = []
+    inputs = {name: seen(methods, torch.eye(32)) for name in methods.linears(model)}
+    shapes = []
 
-    def method(weight, gram):
-        seen.append(tuple(weight.shape))
-        return methods.wanda(weight, gram)
+    def method(weight, inputs):
+        shapes.append(tuple(weight.shape))
+        return methods.wanda(weight, inputs)
 
     methods.pruned(model, inputs, method)
-    assert seen == [(32, 32), (64, 32), *[(32, 32)] * 3, (64, 32)]
+    assert shapes == [(32, 32), (64, 32), *[(32, 32)] * 3, (64, 32)]
 
 
 def test_the_head_stays(methods):
@@ -114,11 +118,13 @@ def test_the_head_stays(methods):
 def test_padding_does_not_count(methods):
     minilm, texts = MiniLM(), sentences("calibration")[:3]
     alone = [dict(minilm.tokenizer(text, return_tensors="pt")) for text in texts]
-    expected, made = methods.grams(minilm.model, alone), methods.grams(minilm.model, minilm.batches(texts))
+    expected, made = methods.inputs_of(minilm.model, alone), methods.inputs_of(minilm.model, minilm.batches(texts))
     assert len(made) == 37
-    for name, gram in made.items():
-        assert gram.dtype == torch.float32
-        torch.testing.assert_close(gram, expected[name], rtol=1e-3, atol=1e-3 * float(expected[name].diagonal().mean()))
+    for name, (gram, sums, rows) in made.items():
+        wanted, size = expected[name], float(expected[name].gram.diagonal().mean())
+        assert gram.dtype == torch.float32 and rows == wanted.rows
+        torch.testing.assert_close(gram, wanted.gram, rtol=1e-3, atol=1e-3 * size)
+        torch.testing.assert_close(sums, wanted.sums, rtol=1e-3, atol=1e-3 * (size * rows) ** 0.5)
 
 
 @pytest.fixture
@@ -199,7 +205,7 @@ def test_minilm_is_what_convert_makes(load, methods, monkeypatch, tmp_path):
 @pytest.mark.parametrize("compensation", ["cg", "energy"])
 def test_ours_is_what_convert_makes_of_a_layer(methods, compensation):
     model, x = nn.Sequential(nn.Linear(64, 32)).eval(), torch.randn(256, 24) @ torch.randn(24, 64)
-    made, _ = methods.pruned(model, {"0": x.T @ x}, methods.METHODS[f"ours, {compensation}"])
+    made, _ = methods.pruned(model, {"0": seen(methods, x)}, methods.METHODS[f"ours, {compensation}"])
     converted = hwpq_fx.convert(model, [x], hwpq_fx.HWPQConfig(compensation=compensation))
     assert relative(made(x), converted(x)) < 0.01
 

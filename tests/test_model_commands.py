@@ -189,6 +189,17 @@ def test_pictures_that_nobody_draws_are_refused_first(folder, tmp_path, monkeypa
     assert "matplotlib draws no such picture" in run("plan", folder / "dense", "--plot", tmp_path / name, code=2)
 
 
+def test_a_config_is_json_or_a_file_of_it(folder, tmp_path):
+    args = ("compress", folder / "dense", "--dry-run", "--json", "--config")
+    expected = run(*args, '{"targets": ["up_proj"]}')
+    assert [layer["status"] for layer in json.loads(expected)["layers"]].count("sparse24_fp8") == 2
+    (tmp_path / "config.json").write_text('{"targets": ["up_proj"]}')
+    assert run(*args, tmp_path / "config.json") == expected
+    assert "is neither a JSON object nor a file" in run(*args, tmp_path / "nowhere.json", code=2)
+    assert "--config: saliency 'x'" in run(*args, '{"saliency": "x"}', code=1)
+    assert "Traceback" not in run(*args, '{"saliency"', code=1)
+
+
 def test_dry_run_says_what_it_cannot_know(folder, tmp_path):
     (tmp_path / "config.json").write_text('{"max_loss": 0.01}')
     assert "see hwpq-fx plan" in run("compress", folder / "dense", "--dry-run", "--config", tmp_path / "config.json")
