@@ -16,7 +16,7 @@ from hwpq_fx import HWPQConfig
 from hwpq_fx.bench.machine import describe_machine
 from hwpq_fx.compensation import compensate
 from hwpq_fx.compress import rounded
-from hwpq_fx.kernels import Float8Sparse24Tensor, best_two, quantize_rows, quantize_weight_rows
+from hwpq_fx.kernels import Float8Sparse24Tensor, best_two, quantize_rows, quantize_weight_rows, select24
 from hwpq_fx.kernels.saliency import score
 from hwpq_fx.reconstruction import refine
 
@@ -60,9 +60,15 @@ def wanda(weight: torch.Tensor, inputs: Inputs) -> Pruned:
     return Pruned(weight, torch.ones_like(metric, dtype=torch.bool).scatter_(-1, gone, False).flatten(1))
 
 
+def our_mask(weight: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+    """As the library chooses it."""
+    how = (OURS.saliency, OURS.selection, OURS.mean_rate, OURS.dev_rate, OURS.lam)
+    return select24(weight, inputs.gram.diagonal(), *how)[0]
+
+
 def energy(weight: torch.Tensor, inputs: Inputs) -> Pruned:
     """compensation="energy"."""
-    mask = by_score(OURS.saliency)(weight, inputs).mask
+    mask = our_mask(weight, inputs)
     new, factor = compensate(weight, mask, inputs.gram.diagonal(), "energy", inputs.sums, inputs.rows)
     return Pruned(new, mask, factor)
 
@@ -71,7 +77,7 @@ def cg(rounds: int, steps: int) -> Method:
     """compensation="cg"."""
 
     def method(weight: torch.Tensor, inputs: Inputs) -> Pruned:
-        mask = by_score(OURS.saliency)(weight, inputs).mask
+        mask = our_mask(weight, inputs)
         return Pruned(*refine(weight, mask, inputs.gram, rounds, steps, fast=rounded(inputs.gram)))
 
     return method

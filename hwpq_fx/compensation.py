@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .gram import SINGULAR
-from .reconstruction import unit_rows
 
 __all__ = ["COMPENSATIONS", "Compensated", "compensate"]
 
@@ -43,18 +42,22 @@ def _none(weight: Tensor, mask: Tensor, moments: _Moments) -> Compensated:
 
 
 def _energy(weight: Tensor, mask: Tensor, moments: _Moments) -> Compensated:
-    unit, back = unit_rows(weight)
-    terms = unit.square().mul_(moments.variance)
-    total, kept = terms.sum(1), terms.mul_(mask).sum(1)
-    factor = torch.where(kept > 0, (total / kept).sqrt(), 1.0)
+    # rows at a scale where their squares are in range, by powers of two
+    peak = weight.abs().amax(1, keepdim=True)
+    back = torch.exp2(torch.frexp(peak).exponent.clamp(-126, 126).float())
+    unit = weight / back
+    kept_ones = mask.float()  # a product with bool takes five times as long
+    held = unit * kept_ones
+    deviation = moments.variance.sqrt()
+    total, kept = (torch.linalg.vector_norm(rows * deviation, dim=1) for rows in (unit, held))
+    factor = torch.where(kept > 0, total / kept, 1.0)
     if moments.mean is None:
         return Compensated(weight, factor)
     spread = moments.variance + moments.damping
     pull = torch.where(spread > 0, moments.mean / spread, 0)
-    lost = unit @ moments.mean / factor - (unit * mask) @ moments.mean
-    shift = lost / (1 + mask.float() @ (moments.mean * pull))
-    # back is a power of two, and so exact in float32
-    return Compensated(torch.addcmul(unit, shift[:, None], pull).mul_(back.float()), factor)
+    lost = unit @ moments.mean / factor - held @ moments.mean
+    shift = lost / (1 + kept_ones @ (moments.mean * pull))
+    return Compensated(torch.addcmul(weight, shift[:, None] * back, pull), factor)
 
 
 COMPENSATIONS: Mapping[str, Callable[[Tensor, Tensor, _Moments], Compensated]] = MappingProxyType(

@@ -17,7 +17,7 @@ from hwpq_fx.kernels.saliency import unit_scaled
 
 from .gram import SINGULAR, Gram, MatrixFree, Product, Rounded, size_of
 
-__all__ = ["rechoose", "reconstruct", "reconstruction_loss", "refine", "unit_rows"]
+__all__ = ["rechoose", "reconstruct", "reconstruction_loss", "refine"]
 
 EPS = torch.finfo(torch.float32).eps
 # Of the squared slope: about what float32 products can resolve. What follows is rounding, and may lead anywhere.
@@ -108,7 +108,7 @@ def reconstruction_loss(weight: Tensor, new: Tensor, gram: Gram) -> Tensor:
     known = diagonal is not None or isinstance(gram, Tensor)
     size = size_of(_diagonal(gram, diagonal, weight.shape[1])) if known else 1.0
     product = _unit_product(gram, size)
-    unit, back = unit_rows(weight)
+    unit, back = _unit_rows(weight)
     error = (new.detach() / back).float().sub_(unit)
     return (_dot(error, product(error), torch.float64) * back.square() * size).clamp_min_(0).squeeze(1)
 
@@ -134,7 +134,7 @@ def rechoose(
     blocks = _blocks(gram, blocks, channels)
     size = size_of(_diagonal(gram, _block_diagonal(blocks), channels))
     product = _unit_product(gram, size)
-    unit, back = unit_rows(weight)
+    unit, back = _unit_rows(weight)
     now = (new.detach() / back).float()
     slope = product(now - unit).sub_(_unit_drift(drift, back, size))
     return _best_pairs(_Fit(now, slope, back), blocks / size)
@@ -184,7 +184,7 @@ def _problem(
     size = size_of(diagonal) if fast is None else fast.size
     product = _unit_product(gram, size)
     diagonal = diagonal / size
-    unit, back = unit_rows(weight)
+    unit, back = _unit_rows(weight)
     if drift is not None:
         _check(weight, drift)
     drift = _unit_drift(drift, back, size)
@@ -286,7 +286,7 @@ def _unit_product(gram: Gram, size: float) -> Product:
     return lambda rows: gram(rows * before) * after
 
 
-def unit_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+def _unit_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """`unit_scaled` rows float32 [N, K], and the powers of two float64 [N, 1] that lead back."""
     weight = weight.detach().float()
     unit = unit_scaled(weight)

@@ -89,6 +89,29 @@ class CrossAttention(nn.Module):
         return self.attention(q, kv, kv, need_weights=False)[0]
 
 
+def by_moments(x: torch.Tensor) -> torch.Tensor:
+    """X^T X of channels with these means and variances, uncorrelated otherwise."""
+    sums = x.sum(0)
+    of_means = torch.outer(sums, sums) / len(x)
+    return of_means + torch.diag(x.square().sum(0) - of_means.diagonal())
+
+
+def test_energy_keeps_means_and_its_error_counts_them():
+    """Inputs as a norm's weight makes them: channels with a mean, here the most of their energy."""
+    x = mixed(2000, 512, seed=1) + torch.randn(512, generator=torch.Generator().manual_seed(2))
+    config = HWPQConfig(compensation="energy", activation="none")
+    model, weight = converted(x, config)
+    made = model[0].weight.dequantize(torch.float64) - weight.double()
+    gram = by_moments(x.double())
+    by_definition = ((made @ gram) * made).sum() / ((weight.double() @ gram) * weight).sum()
+    error = report(model).layers[0].error
+    assert error == pytest.approx(float(by_definition.sqrt()), rel=1e-4)
+    assert error == pytest.approx(true_error(model, weight, x), rel=0.1)
+    without = true_error(*converted(x, HWPQConfig(compensation="none", activation="none")), x)
+    centred = true_error(*converted(x - x.mean(0), config), x)  # sees no mean, and so only rescales
+    assert error < 0.85 * min(without, centred)
+
+
 @pytest.mark.parametrize("loud", [1.0, 100.0])
 @pytest.mark.parametrize("config", [HWPQConfig(compensation="energy"), HWPQConfig()])
 def test_spans_with_inputs_of_their_own_weigh_by_their_outputs(config, loud):
@@ -102,7 +125,7 @@ def test_spans_with_inputs_of_their_own_weigh_by_their_outputs(config, loud):
     lost = kept = 0.0
     for x, span in ((q, slice(0, 64)), (kv, slice(64, 192))):
         x = x.reshape(-1, 64).double()
-        gram = x.T @ x if config.compensation == "cg" else torch.diag(x.square().sum(0))
+        gram = x.T @ x if config.compensation == "cg" else by_moments(x)
         for total in ("lost", "kept"):
             part = (made - weight if total == "lost" else weight)[span]
             value = float(((part @ gram) * part).sum())
