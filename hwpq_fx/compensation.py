@@ -44,7 +44,7 @@ def _none(weight: Tensor, mask: Tensor, moments: _Moments) -> Compensated:
 def _energy(weight: Tensor, mask: Tensor, moments: _Moments) -> Compensated:
     # rows at a scale where their squares are in range, by powers of two
     peak = weight.abs().amax(1, keepdim=True)
-    back = torch.exp2(torch.frexp(peak).exponent.clamp(-126, 126).float())
+    back = torch.where(peak > 0, peak / (2 * torch.frexp(peak).mantissa), 1)
     unit = weight / back
     kept_ones = mask.float()  # a product with bool takes five times as long
     held = unit * kept_ones

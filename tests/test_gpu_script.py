@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tarfile
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -54,15 +55,19 @@ def test_dry_run_prints_every_step_and_runs_nothing(tmp_path):
     assert [line[0] for line in by_name] == ["train", "accuracy"] and by_name[0][3] < by_name[1][3] == "580s"
 
 
-def test_the_calls_of_its_head_run_every_step_once(tmp_path):
+def test_the_calls_of_its_head_run_every_step_once_in_half_an_hour_and_fit_a_quarter(tmp_path):
     calls = re.findall(r"^#   benchmarks/gpu.sh (--wheels .*)", SCRIPT.read_text(), re.MULTILINE)
     (tmp_path / "results").mkdir()
     made = [
         run("--dry-run", *call.replace(".whl", str(tmp_path)).replace(".state", str(tmp_path)).split())
         for call in calls
     ]
-    steps = [line.split()[0] for done in made for line in done.stdout.splitlines() if not line.startswith("install")]
-    assert len(calls) == 3 and steps == STEPS and {done.returncode for done in made} == {0}
+    assert len(calls) == 5 and {done.returncode for done in made} == {0}
+    steps = [[line.split()[0] for line in done.stdout.splitlines() if not line.startswith("install")] for done in made]
+    assert [*chain(*steps[2:])] == STEPS
+    assert [*chain(*steps[:2])] == ["smoke", "block", "tune", "quick", "generate"]
+    seconds = [int(re.search(r"--seconds (\d+)", call)[1]) for call in calls[:2]]
+    assert max(seconds) < 600 and sum(seconds) < 15 * 60 - 120  # a machine's start counts, and so do transfers
 
 
 def test_they_find_the_files_beside_them(tmp_path):
