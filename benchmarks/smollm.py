@@ -13,7 +13,6 @@ sequences, half of them prose, half code. Of unseen text: perplexity, KL of the 
 model's in nats, and how often the likeliest token is the dense model's.
 """
 
-import copy
 import hashlib
 import json
 import math
@@ -117,7 +116,7 @@ def measure(
     if chosen:
         return
     look(IN_ORDER, *in_order(model, calib))
-    plan = hwpq_fx.plan(copy.deepcopy(model), calib)
+    plan = hwpq_fx.plan(model, calib)
     look(PLAN, planned(model, calib, plan, 0.5), math.nan)
 
 

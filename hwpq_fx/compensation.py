@@ -91,8 +91,8 @@ def compensate(
     rows that keep nothing and rows without energy. A row times a power of two gives the same bits times it, and so do
     inputs.
 
-    Raises ValueError: unknown name, a mask that is not bool or not W's shape, sums that do not fit, values that are not
-    finite, negative sum_sq.
+    Raises ValueError: unknown name, a mask that is not bool or not W's shape, sums that do not fit or are not finite,
+    negative sum_sq. The weight is taken to be finite.
     """
     if name not in COMPENSATIONS:
         raise ValueError(f"unknown compensation {name!r}; known: {', '.join(COMPENSATIONS)}")
