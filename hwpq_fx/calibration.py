@@ -28,8 +28,8 @@ class Calibration:
     """While it stands, every call of the model is observed. `remove()` ends it and restores the model.
 
     sequential: record the graphs that run, and gather no curvature meanwhile; the names of the layers that may be
-    converted, by the ids of their parameters. wanted: as `CalibrationRecorder` has it. Raises ModelError where Dynamo
-    is off.
+    converted, by the ids of their parameters. wanted: as `CalibrationRecorder` has it. asked: as `Recording` has it.
+    Raises ModelError where Dynamo is off.
     """
 
     def __init__(
@@ -38,12 +38,13 @@ class Calibration:
         curvature_bytes: int | None = 0,
         sequential: Mapping[int, str] | None = None,
         wanted: Wanted | None = None,
+        asked: bool = True,
     ):
         if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
             raise ModelError("TORCHDYNAMO_DISABLE is set, so that nothing can be traced: unset it to calibrate")
         self.model = model
         self.recorder = CalibrationRecorder(curvature_bytes if sequential is None else 0, wanted)
-        self.recording = None if sequential is None else Recording(self.recorder, curvature_bytes, sequential)
+        self.recording = None if sequential is None else Recording(self.recorder, curvature_bytes, sequential, asked)
         module = unwrap(model)
         self._signature = inspect.signature(module.forward)
         owners = {layer.owner: None for layer in layers_of(module) if layer.static_use}

@@ -65,11 +65,13 @@ class HWPQConfig(AOBaseConfig):
     cg_rounds: int = 1
     """How often "cg" chooses the masks again."""
 
-    sequential: bool = False
+    sequential: bool | None = None
     """With "cg": convert layer after layer, each on the inputs that the converted layers before it give, aiming at the
     dense model's outputs. More accurate; calibration takes some three times as long, and the activations of all
-    batches at one point of the model are in memory, twice. For `hwpq_fx.convert` of models that Dynamo captures whole;
-    others are converted as without it, and the report says so."""
+    batches at one point of the model are in memory, twice. For `hwpq_fx.convert`, by one process, of models that Dynamo
+    captures whole. None: where that can be done and the activations take no more than half of a GPU's free memory, 4
+    GiB elsewhere. True: whatever they take, with a warning where it cannot be done. Layers that it is not done for are
+    converted one by one, each on the dense model's inputs, as with False; the report says why."""
 
     curvature_bytes: int | None = None
     """Memory on each device that "cg" may take during calibration, for X^T X of every input (4 K^2 bytes each). Inputs
@@ -108,6 +110,11 @@ class HWPQConfig(AOBaseConfig):
     one sequence."""
 
     @property
+    def in_order(self) -> bool:
+        """Whether layers are to be converted in order, where that can be done."""
+        return self.compensation == "cg" and self.sequential is not False
+
+    @property
     def gathered_bytes(self) -> int | None:
         """The bound on what calibration gathers beside sums of squares: `curvature_bytes`, and nothing without "cg"."""
         return self.curvature_bytes if self.compensation == "cg" else 0
@@ -136,8 +143,8 @@ class HWPQConfig(AOBaseConfig):
         _one_of("layout", self.layout, ("fastest", "packed"))
         _one_of("packing_format", self.packing_format, (PLAIN, SPARSE_2D))
         self.packing_format = str.__str__(self.packing_format)  # of torchao's enum as well
-        if not isinstance(self.sequential, bool):
-            raise ConfigError(f"sequential {self.sequential!r} is neither True nor False")
+        if self.sequential is not None and not isinstance(self.sequential, bool):
+            raise ConfigError(f"sequential {self.sequential!r} is neither True, False nor None")
         if self.sequential and self.compensation != "cg":
             raise ConfigError(f'sequential is for compensation "cg", not {self.compensation!r}')
         for name, least in (("cg_steps", 1), ("cg_rounds", 0), ("curvature_bytes", 0), ("typical_rows", 1)):

@@ -48,7 +48,7 @@ from .layers import (
     put,
     without_nested_tensors,
 )
-from .lockstep import compress_in_order
+from .lockstep import compress_in_order, held_bytes
 from .plan import (
     DEFAULT_GPU,
     DENSE,
@@ -63,10 +63,12 @@ from .plan import (
     mark_outliers,
     times_of,
 )
+from .recording import no_room
 from .report import LayerReport, Report, attach_report
 
 M = TypeVar("M")  # nn.Module, or the wrapper that torch.compile returns: for type checkers just a callable
 PREPARED = "_hwpq_prepared"
+SEVERAL = "several processes share the batches"
 # prepared models whose conversion failed after their observers were gone
 _spent: "WeakSet[nn.Module]" = WeakSet()
 
@@ -126,8 +128,8 @@ def convert(
     a data-free conversion. Where a batch has a 2-D `attention_mask`, rows where it is 0 do not count.
     plan: what every layer is to become, from `hwpq_fx.plan`; layers it does not name stay dense.
     group: of processes that each call this with the same model and their share of the batches (`torchrun`;
-    `torch.distributed.group.WORLD`): all end with the same weights, those of one process over all batches up to the
-    order of adding (see `hwpq_fx.distributed`).
+    `torch.distributed.group.WORLD`): all end with the same weights, those of one process over all batches, converting
+    layers one by one, up to the order of adding (see `hwpq_fx.distributed`).
     progress: show bars.
 
     Raises ConfigError, CalibrationError, ModelError or TypeError; whatever is raised, Ctrl-C included, the model is
@@ -141,7 +143,7 @@ def convert(
     config = _checked(module, config if prepared is None else prepared.config)
     if plan is not None:
         _check_plan_for(module, plan, config)
-    if group is not None and config.sequential:
+    if group is not None and config.sequential:  # asked for in so many words
         raise ConfigError("sequential is for one process: the layers are converted where all batches are")
     if prepared is None:
         if calib is None and module in _spent:
@@ -158,16 +160,21 @@ def convert(
         if prepared.calibration is not None:
             _spent.add(module)
         elif calib is not None:
-            prepared.calibration = _calibration(model, config)
+            prepared.calibration = _calibration(model, config if group is None else replace(config, sequential=False))
         if prepared.calibration is not None:
             _calibrate(prepared.calibration, prepared, calib, progress)
             if group is not None:
+                recording = prepared.calibration.recording
+                if recording and not recording.ended:
+                    recording.end(SEVERAL)
                 with prepared.timed("reduce"):
                     reduce_statistics(module, prepared.calibration.recorder, group)
     # the model, or parts of it that were compiled one by one
     parts: list[Any] = [model, *(part for part in module.modules() if part is not module)]
     with undone_on_failure(_as_now([module, *parts])), as_written():
         made, report = _compress_all(module, prepared, progress, plan)
+        if group is not None and config.in_order:
+            report.one_by_one = SEVERAL
         compiled = [(part, settings) for part in parts if (settings := compile_settings(part))]
         for layer, weight in made:
             put(layer, weight)
@@ -210,8 +217,8 @@ def _calibration(model: Any, config: HWPQConfig) -> Calibration:
     def wanted(weight: torch.Tensor, use: Use) -> bool:
         return id(weight) in layers and not cannot_compress(layers[id(weight)], [use], config)
 
-    names = {at: layer.name for at, layer in layers.items()} if config.sequential else None
-    return Calibration(model, config.gathered_bytes, names, wanted)
+    names = {at: layer.name for at, layer in layers.items()} if config.in_order else None
+    return Calibration(model, config.gathered_bytes, names, wanted, asked=config.sequential is True)
 
 
 def _checked(module: nn.Module, config: HWPQConfig | None) -> HWPQConfig:
@@ -314,9 +321,12 @@ def _compress_all(
     recording = calibration.recording if calibration else None
     sparse: dict[str, Compressed] = {}
     bounded = plan is None and (config.max_loss is not None or config.min_speedup is not None)
-    if bounded and recording and recording.runs:
+    if recording and recording.runs:
         with prepared.timed("observe"):
-            recording.replay()
+            if config.sequential is None and (reason := no_room("activations take", held_bytes(recording.runs), {})):
+                recording.end(reason)
+            elif bounded:
+                recording.replay()
     candidates, lines = _candidates(module, prepared)
     if bounded:
         with prepared.timed("plan"):
@@ -344,7 +354,8 @@ def _compress_all(
                 made[layer.name] = new or how(layer.name, layer.parameter, statistics, config)
     lines += [new.line for new in made.values()]
     order = {layer.name: place for place, layer in enumerate(layers_of(module))}
-    report = Report(sorted(lines, key=lambda line: order.get(line.name, len(order))), prepared.seconds)
+    lines.sort(key=lambda line: order.get(line.name, len(order)))
+    report = Report(lines, prepared.seconds, recording.ended if recording else "")
     with prepared.timed("lay out"):
         siblings = calibration.recorder.siblings() if calibration else set()
         new_weights = [(one, fast(made[one.name], config, id(one.parameter) in siblings)) for one, _, _ in chosen]

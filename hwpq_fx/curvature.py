@@ -14,6 +14,12 @@ HELD_OUT = 8  # of so many sampled rows one tells the error
 CPU_BYTES = 4 * 2**30
 
 
+def room(device: torch.device, taken: int = 0) -> int:
+    """Bytes to use where the user names no bound, `taken` of them already: half of what is free on a GPU, 4 GiB
+    elsewhere."""
+    return (torch.cuda.mem_get_info(device)[0] + taken) // 2 if device.type == "cuda" else CPU_BYTES
+
+
 def add_product(matrix: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """matrix [N, K] float32 += left^T right, of [R, N] and [R, K] in one floating dtype."""
     if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
@@ -75,8 +81,7 @@ class Part(Protocol):
 class CurvatureBudget:
     """Hands out the one or the other until `limit` bytes are spent on a device, and then nothing.
 
-    limit: None is half of what is free on a GPU when the first is asked for, 4 GiB elsewhere. taken: bytes that others
-    hold already.
+    limit: None is the `room` there is when the first is asked for. taken: bytes that others hold already.
     """
 
     def __init__(self, limit: int | None, taken: int = 0):
@@ -85,7 +90,9 @@ class CurvatureBudget:
 
     def grant(self, channels: int, device: torch.device) -> Curvature | None:
         """X^T X where it fits, else a sample of rows, or None where not even a few hundred rows fit."""
-        left = self._left.setdefault(device, self._limit(device) - self.taken)
+        if device not in self._left:
+            self._left[device] = (room(device, self.taken) if self.limit is None else self.limit) - self.taken
+        left = self._left[device]
         if (size := 4 * channels * channels) <= left:
             self._left[device] -= size
             return GramMatrix(channels, device)
@@ -94,11 +101,6 @@ class CurvatureBudget:
             return None
         self._left[device] -= 4 * channels * capacity
         return RowSample(channels, device, capacity)
-
-    def _limit(self, device: torch.device) -> int:
-        if self.limit is not None:
-            return self.limit
-        return (torch.cuda.mem_get_info(device)[0] + self.taken) // 2 if device.type == "cuda" else CPU_BYTES
 
 
 class Combined(NamedTuple):

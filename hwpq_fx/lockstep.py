@@ -15,12 +15,14 @@ Inputs from the pruned layers before are SparseGPT's (Frantar and Alistarh, arXi
 as the aim are GPTAQ's (Li et al., arXiv 2504.02692), without the residual.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from hwpq_fx.kernels import Float8Sparse24Tensor
 from hwpq_fx.passes import Stage, Steps, Use
@@ -31,7 +33,7 @@ from .config import HWPQConfig
 from .curvature import CurvatureBudget, GramMatrix, add_product
 from .layers import Layer
 from .plan import SPARSE
-from .recording import Run
+from .recording import Run, values_in
 from .statistics import Call, InputStatistics, kept_rows
 
 Timed = Callable[[str], AbstractContextManager[None]]
@@ -97,6 +99,22 @@ def compress_in_order(
                 for lane in lanes:
                     lane.converted.replace(lane.places[id(job.layer.parameter)], runnable)
     return made
+
+
+def held_bytes(runs: list[Run]) -> dict[torch.device, int]:
+    """About what `compress_in_order` has in memory between two stages, at most, by device: parameters, packed weights
+    and statistics left out. Found by one more run of the largest; the others count by the sizes of their arguments."""
+    largest = max(runs, key=Run.nbytes)
+    share = 2 * sum(map(Run.nbytes, runs)) / max(1, largest.nbytes())  # dense and converted
+    steps, most = Steps(largest.staged, largest.fresh()), Counter[torch.device]()
+    for stage in largest.staged.stages:
+        steps.advance(stage)
+        alive = (one.untyped_storage() for one in values_in(tree_leaves(list(steps.env.values()))))
+        sizes = Counter[torch.device]()
+        for storage in {storage.data_ptr(): storage for storage in alive}.values():
+            sizes[storage.device] += storage.nbytes()
+        most |= sizes
+    return {device: round(share * size) for device, size in most.items()}
 
 
 class _Seen:

@@ -2,7 +2,8 @@
 
 quantize_ shows one module at a time: there is no name, no padding mask and no graph. Layers are chosen by its
 `filter_fn` or by torchao's FqnToConfig, rows of padding count, and weights that a graph would have found outside of
-nn.Linear stay as they are. On batches without padding masks and bits are those of `hwpq_fx.convert`.
+nn.Linear stay as they are. On batches without padding masks and bits are those of `hwpq_fx.convert` with
+`sequential=False`.
 """
 
 import logging

@@ -64,6 +64,9 @@ class Report:
     layers: list[LayerReport] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time of the phases."""
+    one_by_one: str = ""
+    """Why layers were converted one by one, each on the dense model's inputs, where `HWPQConfig.sequential` would have
+    had them in order."""
 
     @property
     def converted(self) -> list[LayerReport]:
@@ -80,7 +83,7 @@ class Report:
     def from_dict(cls, content: Mapping[str, Any]) -> Report:
         """Of what `to_dict` gave, through JSON or not. Raises KeyError or TypeError for anything else."""
         lines = [LayerReport(**line | {"shape": tuple(line["shape"])}) for line in content["layers"]]
-        return cls(lines, dict(content["seconds"]))
+        return cls(lines, dict(content["seconds"]), content["one_by_one"])
 
     def table(self) -> Table:
         table = Table(
@@ -123,6 +126,8 @@ class Report:
             lines.append(f"{count} {'layer runs' if count == 1 else 'layers run'} as: {paths}")
         done = Counter(layer.compensation for layer in self.converted if layer.compensation)
         lines.append("; ".join(f"compensation of {_layers(count)}: {what}" for what, count in done.items()))
+        if self.one_by_one:
+            lines.append(f"converted one by one, not in order: {self.one_by_one}")
         lines.append(", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items()))
         return "\n".join(line for line in lines if line)
 

@@ -22,7 +22,7 @@ from hwpq_fx.statistics import InputStatistics
 from models import MODELS, Net, call, gpt2, llama, tokens
 from weights import same
 
-IN_ORDER = HWPQConfig(sequential=True)
+IN_ORDER, ONE_BY_ONE = HWPQConfig(sequential=True), HWPQConfig(sequential=False)
 ORDERED, PLAIN = "cg, in order, X^T X", "cg, X^T X"
 
 
@@ -163,7 +163,7 @@ def test_graphs_of_several_shapes_of_a_language_model(caplog):
     rows = sum(int(batch["attention_mask"].sum()) for batch in batches)
     assert {line.rows for line in report(made).converted} == {rows}
     assert output_error(made, dense, batches) < 0.7 * output_error(
-        convert(copy.deepcopy(dense), batches), dense, batches
+        convert(copy.deepcopy(dense), batches, ONE_BY_ONE), dense, batches
     )
 
 
@@ -237,12 +237,16 @@ def test_what_cannot_run_in_lockstep_is_converted_as_without(kind, says, caplog)
     model, batches = kind(), [{"h": h} for h in (*Toy.batches(3), torch.randn(3, 6, 32))]
     for batch in batches[1:]:
         batch["attention_mask"] = torch.randint(2, batch["h"].shape[:2])
-    plain = convert(copy.deepcopy(model), batches)
+    plain = convert(copy.deepcopy(model), batches, ONE_BY_ONE)
+    unasked = convert(copy.deepcopy(model), batches)
     assert not warnings(caplog)
     made = convert(copy.deepcopy(model), batches, IN_ORDER)
     (warning,) = warnings(caplog)
     assert says in warning
+    assert report(made).one_by_one == report(unasked).one_by_one and says in report(made).one_by_one
+    assert says in str(report(unasked)) and report(plain).one_by_one == ""
     assert_same_bits(made, plain)
+    assert_same_bits(unasked, plain)
     assert compensations(made) == compensations(plain) == {PLAIN}
     for a, b in zip(report(made).layers, report(plain).layers, strict=True):
         assert a == b
@@ -306,7 +310,7 @@ def test_layers_that_stay(caplog):
         assert type(weight) is nn.Parameter and torch.equal(weight, kept[f"{name}.weight"])
     assert len(report(model).converted) == 8 and compensations(model) == {ORDERED}
     assert output_error(model, dense, batches) < 0.7 * output_error(
-        convert(copy.deepcopy(dense), batches, HWPQConfig(ignore=config.ignore)), dense, batches
+        convert(copy.deepcopy(dense), batches, HWPQConfig(sequential=False, ignore=config.ignore)), dense, batches
     )
 
 
@@ -547,6 +551,47 @@ def test_phases_and_progress(monkeypatch):
     model = convert(Toy(), Toy.batches(2), IN_ORDER, progress=True)
     assert list(report(model).seconds) == ["observe", "run in order", "choose and pack", "lay out"]
     assert "choose and pack" in shown.getvalue() and "100%" in shown.getvalue()
+
+
+@pytest.mark.parametrize("way", ["convert", "prepare", "bounds"])
+def test_in_order_unless_told_otherwise(way, caplog):
+    dense, batches, bounds = Toy(), Toy.batches(), {"max_loss": 1000.0} if way == "bounds" else {}
+    expected = convert(copy.deepcopy(dense), batches, HWPQConfig(sequential=True, **bounds))
+    if way == "prepare":
+        made = prepare(copy.deepcopy(dense))
+        for batch in batches:
+            made(batch)
+        convert(made)
+    else:
+        made = convert(copy.deepcopy(dense), batches, HWPQConfig(**bounds))
+    assert compensations(made) == {ORDERED} and report(made).one_by_one == "" and not warnings(caplog)
+    assert_same_bits(made, expected)
+
+
+def given_bytes(batches):
+    return sum(batch.nbytes for batch in batches)
+
+
+@pytest.mark.parametrize("what", ["calls", "activations"])
+def test_no_more_memory_than_there_is_room_for(what, monkeypatch, caplog):
+    dense, batches = Toy(), [batch[: 1 + at % 4] for at, batch in enumerate(Toy.batches(7))]
+    # of the toy most is alive between up and down: 64 channels beside the 32 of the residual stream; twice
+    most = given_bytes(batches) if what == "calls" else 2 * 3 * given_bytes(batches)
+    plain, expected = (convert(copy.deepcopy(dense), batches, config) for config in (ONE_BY_ONE, IN_ORDER))
+
+    def within(room):
+        monkeypatch.setattr("hwpq_fx.recording.room", lambda device, taken=0: room)
+        return convert(copy.deepcopy(dense), batches)
+
+    made = within(most - 1)
+    assert_same_bits(made, plain)
+    (says,) = {report(made).one_by_one}
+    assert what in says and "GiB on cpu" in says and "sequential=True" in says and compensations(made) == {PLAIN}
+    if what == "activations":
+        assert_same_bits(within(most), expected)
+    within(0)
+    assert_same_bits(convert(copy.deepcopy(dense), batches, IN_ORDER), expected)  # asked for in so many words
+    assert not warnings(caplog)
 
 
 def test_for_one_process():
