@@ -16,6 +16,7 @@ from hwpq_fx.passes import observe, stages
 from hwpq_fx.passes.dynamo import Observation, mark_varying, unwrap
 from hwpq_fx.passes.undo import undone_on_failure
 
+from .effects import CallSample
 from .errors import CalibrationError, ModelError, first_line
 from .layers import layers_of
 from .recording import Recording
@@ -29,7 +30,7 @@ class Calibration:
 
     sequential: record the graphs that run, and gather no curvature meanwhile; the names of the layers that may be
     converted, by the ids of their parameters. wanted: as `CalibrationRecorder` has it. asked: as `Recording` has it.
-    Raises ModelError where Dynamo is off.
+    sample: of the calls, to be run again. Raises ModelError where Dynamo is off.
     """
 
     def __init__(
@@ -39,10 +40,11 @@ class Calibration:
         sequential: Mapping[int, str] | None = None,
         wanted: Wanted | None = None,
         asked: bool = True,
+        sample: CallSample | None = None,
     ):
         if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
             raise ModelError("TORCHDYNAMO_DISABLE is set, so that nothing can be traced: unset it to calibrate")
-        self.model = model
+        self.model, self.sample = model, sample
         self.recorder = CalibrationRecorder(curvature_bytes if sequential is None else 0, wanted)
         self.recording = None if sequential is None else Recording(self.recorder, curvature_bytes, sequential, asked)
         module = unwrap(model)
@@ -89,6 +91,8 @@ class Calibration:
             mask = given.get("decoder_attention_mask")
             masks.append(ones if mask is None else mask)
         self.recorder.begin_call(*masks)
+        if self.sample:
+            self.sample.offer(args, kwargs, self.recorder.call.masks)
 
     @torch.no_grad()
     def run(self, calib: Iterable[Any] | Callable[[nn.Module], Any], progress: bool = False) -> None:

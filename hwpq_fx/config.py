@@ -98,16 +98,27 @@ class HWPQConfig(AOBaseConfig):
 
     max_loss: float | None = None
     """Bound on the relative output errors summed over the layers: each layer becomes 2:4, dense FP8 or stays as it is,
-    by error for time saved (see `hwpq_fx.plan`). The errors are those of layers by themselves: with `sequential` those
-    in the report are others, as they are measured on what the layers before have left. None: no bound."""
+    by error for time saved (see `hwpq_fx.plan`). The errors are those of layers by themselves: those in the report are
+    others where layers are converted in order, measured on what the layers before have left. None: no bound."""
+
+    max_divergence: float | None = None
+    """The same by what the layers' errors do to the model's output: bound on the KL of the next token's distribution to
+    the dense model's, in nats a token (0.01 is about 1% of perplexity), or on the relative squared error of an output
+    that is no logits; estimated for each layer alone and summed (`hwpq_fx.effects`). Takes gradients, of up to 16
+    sequences of the calibration. None: no bound."""
 
     min_speedup: float | None = None
     """Make no more layers FP8 or 2:4 than it takes for the products to be so many times as fast as dense ones. None:
-    as many as `max_loss` allows."""
+    as many as the other bound allows."""
 
     typical_rows: int = 1
-    """Rows of input that times are reckoned for, with `max_loss`, `min_speedup` and `hwpq_fx.plan`: 1 is decoding of
+    """Rows of input that times are reckoned for, with these bounds and `hwpq_fx.plan`: 1 is decoding of
     one sequence."""
+
+    @property
+    def bounded(self) -> bool:
+        """Whether layers are to be weighed against each other."""
+        return any(bound is not None for bound in (self.max_loss, self.max_divergence, self.min_speedup))
 
     @property
     def in_order(self) -> bool:
@@ -156,11 +167,13 @@ class HWPQConfig(AOBaseConfig):
         for name in ("mean_rate", "dev_rate"):
             if not _in_open_unit(getattr(self, name)):
                 raise ConfigError(f"{name} {getattr(self, name)!r} is not a number in (0, 1)")
-        for name, floor in (("max_loss", 0), ("min_speedup", 1)):
+        for name, floor in (("max_loss", 0), ("max_divergence", 0), ("min_speedup", 1)):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if value is not None and not (number and value >= floor):
                 raise ConfigError(f"{name} {value!r} is neither None nor a number of at least {floor}")
+        if self.max_loss is not None and self.max_divergence is not None:
+            raise ConfigError("max_loss and max_divergence weigh layers in two ways: give one of them")
         if not isinstance(self.lam, (int, float)) or isinstance(self.lam, bool) or not abs(self.lam) < 1e6:
             raise ConfigError(f"lam {self.lam!r} is not a number between -1e6 and 1e6")
 
@@ -184,6 +197,6 @@ def check_for_model(config: HWPQConfig | None) -> HWPQConfig:
     config = replace(config)  # validates again: fields may have been assigned since
     if config.step is not None:
         raise ConfigError(f"step {config.step!r} is for torchao.quantize_; here prepare() and convert() say it")
-    if config.sparsity != "2:4" and (config.max_loss, config.min_speedup) != (None, None):
-        raise ConfigError(f'max_loss and min_speedup are for sparsity "2:4", not {config.sparsity!r}')
+    if config.sparsity != "2:4" and config.bounded:
+        raise ConfigError(f'max_loss, max_divergence and min_speedup are for sparsity "2:4", not {config.sparsity!r}')
     return config

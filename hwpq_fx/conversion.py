@@ -36,7 +36,9 @@ from .compress import (
 from .config import HWPQConfig, check_for_model
 from .context import as_written
 from .distributed import reduce_statistics
+from .effects import CallSample, Change, effects_of
 from .errors import CalibrationError, ConfigError, ModelError
+from .float8 import dense_float8
 from .layers import (
     Layer,
     check_convertible,
@@ -52,6 +54,7 @@ from .lockstep import compress_in_order, held_bytes
 from .plan import (
     DEFAULT_GPU,
     DENSE,
+    ERROR,
     FP8,
     SPARSE,
     Plan,
@@ -105,7 +108,7 @@ def prepare(model: M, config: HWPQConfig | None = None) -> M:
     prepared = _Prepared(config, None)
     with undone_on_failure(partial(_end, module, prepared)):
         module.__dict__[PREPARED] = prepared  # first: pickle comes to it before the observed forward
-        prepared.calibration = _calibration(model, config)
+        prepared.calibration = _calibration(model, config, config.bounded)
         _spent.discard(module)
         return model
 
@@ -145,6 +148,8 @@ def convert(
         _check_plan_for(module, plan, config)
     if group is not None and config.sequential:  # asked for in so many words
         raise ConfigError("sequential is for one process: the layers are converted where all batches are")
+    if group is not None and plan is None and config.max_divergence is not None:
+        raise ConfigError("max_divergence is for one process: give all of them the plan that hwpq_fx.plan makes in one")
     if prepared is None:
         if calib is None and module in _spent:
             _spent.discard(module)
@@ -160,13 +165,15 @@ def convert(
         if prepared.calibration is not None:
             _spent.add(module)
         elif calib is not None:
-            prepared.calibration = _calibration(model, config if group is None else replace(config, sequential=False))
+            alone = config if group is None else replace(config, sequential=False)
+            prepared.calibration = _calibration(model, alone, config.bounded and group is None and plan is None)
         if prepared.calibration is not None:
             _calibrate(prepared.calibration, prepared, calib, progress)
             if group is not None:
                 recording = prepared.calibration.recording
                 if recording and not recording.ended:
                     recording.end(SEVERAL)
+                prepared.calibration.sample = None  # of this process alone
                 with prepared.timed("reduce"):
                     reduce_statistics(module, prepared.calibration.recorder, group)
     # the model, or parts of it that were compiled one by one
@@ -211,14 +218,16 @@ def _as_now(modules: Sequence[nn.Module]) -> Callable[[], None]:
     return put_back
 
 
-def _calibration(model: Any, config: HWPQConfig) -> Calibration:
+def _calibration(model: Any, config: HWPQConfig, weigh: bool) -> Calibration:
+    """weigh: layers against each other, by the effects that they have."""
     layers = {id(layer.parameter): layer for layer in layers_of(unwrap(model)) if not left_out(layer, config)}
 
     def wanted(weight: torch.Tensor, use: Use) -> bool:
         return id(weight) in layers and not cannot_compress(layers[id(weight)], [use], config)
 
     names = {at: layer.name for at, layer in layers.items()} if config.in_order else None
-    return Calibration(model, config.gathered_bytes, names, wanted, asked=config.sequential is True)
+    sample = CallSample() if weigh and config.max_loss is None else None
+    return Calibration(model, config.gathered_bytes, names, wanted, config.sequential is True, sample)
 
 
 def _checked(module: nn.Module, config: HWPQConfig | None) -> HWPQConfig:
@@ -251,10 +260,13 @@ def plan(
     """What is to become of every layer that can be converted, without converting: to look at, to change by hand, and
     to give to `convert(..., plan=plan)`. Of the layers that stay dense whatever happens it says nothing.
 
-    By `config.max_loss` and `config.min_speedup` each layer becomes 2:4, dense FP8 or stays as it is, least error for
-    time saved first. Times are for `config.typical_rows` rows: by the roofline model of `gpu` (see
+    By the config's bounds each layer becomes 2:4, dense FP8 or stays as it is, least loss for time saved first. What it
+    loses is what its error does to the model's output (`hwpq_fx.effects`, which takes gradients, of up to 16 sequences
+    of the calibration); or, with `config.max_loss` and where that cannot be found out (the plan says why), its own
+    relative error. Times are for `config.typical_rows` rows: by the roofline model of `gpu` (see
     `hwpq_fx.kernels.gpus`), or as measured where the model is on a GPU that `hwpq-fx tune` has measured. Layers whose
-    error is out of the ordinary stay dense. Raises as `convert` does; the model is left as it was.
+    loss is out of the ordinary stay dense. Raises as `convert` does, CalibrationError where `config.max_divergence`
+    bounds what cannot be found out; the model is left as it was.
     """
     module = module_of(model)
     if PREPARED in module.__dict__:
@@ -265,11 +277,11 @@ def plan(
     prepared = _Prepared(replace(config, sequential=False), None)
     with undone_after(partial(_end, module, prepared)):
         if calib is not None:
-            prepared.calibration = _calibration(model, prepared.config)
+            prepared.calibration = _calibration(model, prepared.config, weigh=True)
             _calibrate(prepared.calibration, prepared, calib, progress)
     with as_written():
         candidates, _ = _candidates(module, prepared)
-        return _planned(candidates, prepared.config, gpu, progress)[0]
+        return _planned(module, candidates, prepared, gpu, progress)[0]
 
 
 def _candidates(module: nn.Module, prepared: _Prepared) -> tuple[list[tuple[Layer, Statistics]], list[LayerReport]]:
@@ -292,10 +304,10 @@ def _candidates(module: nn.Module, prepared: _Prepared) -> tuple[list[tuple[Laye
 
 
 def _planned(
-    candidates: list[tuple[Layer, Statistics]], config: HWPQConfig, gpu: str, progress: bool
+    module: nn.Module, candidates: list[tuple[Layer, Statistics]], prepared: _Prepared, gpu: str, progress: bool
 ) -> tuple[Plan, dict[str, Compressed]]:
     """A plan by the config's bounds, and every layer's 2:4 form, which its error was taken from."""
-    layers, sparse = [], {}
+    config, layers, sparse = prepared.config, [], {}
     with tracked(candidates, "plan", progress) as steps:
         for layer, statistics in steps:
             made = sparse[layer.name] = compress(layer.name, layer.parameter, statistics, config)
@@ -303,14 +315,53 @@ def _planned(
             if not cannot_be_fp8(layer, list(statistics), config):
                 errors[FP8] = compress_fp8(layer.name, layer.parameter, statistics, config).line.error
             layers.append(PlannedLayer(layer.name, made.line.shape, errors, {}))
+    measure, by_error = _add_effects(module, layers, candidates, prepared, sparse)
     products = [(layer.shape, layer.errors) for layer in layers]
     device = candidates[0][0].parameter.device
     times, timing = times_of(products, config.typical_rows, gpu, device, config.activation)
     for planned, microseconds in zip(layers, times, strict=True):
         planned.microseconds = microseconds
     mark_outliers(layers)
-    frontier = decide(layers, config.max_loss, config.min_speedup)
-    return Plan(layers, config.typical_rows, timing, frontier), sparse
+    frontier = decide(layers, config.max_divergence if config.max_loss is None else config.max_loss, config.min_speedup)
+    return Plan(layers, config.typical_rows, timing, frontier, measure, by_error), sparse
+
+
+def _add_effects(
+    module: nn.Module,
+    layers: list[PlannedLayer],
+    candidates: list[tuple[Layer, Statistics]],
+    prepared: _Prepared,
+    sparse: dict[str, Compressed],
+) -> tuple[str, str]:
+    """Note what each layer does to the output, where layers are weighed by that. By what they are weighed, and why by
+    their errors where that was not wanted."""
+    config, sample = prepared.config, prepared.calibration.sample if prepared.calibration else None
+    if sample is None:
+        if config.max_divergence is not None:
+            raise CalibrationError("max_divergence takes calibration: give batches, or max_loss instead")
+        return ERROR, ""
+    changes = {
+        layer.name: _change(layer, statistics, sparse[layer.name], FP8 in planned.errors, config)
+        for planned, (layer, statistics) in zip(layers, candidates, strict=True)
+    }
+    try:
+        effects, measure = effects_of(module, sample.calls, changes)
+    except CalibrationError as error:
+        if config.max_divergence is not None:
+            raise CalibrationError(
+                f"max_divergence: {error}; max_loss takes no more than the layers' errors"
+            ) from error
+        return ERROR, str(error)
+    for planned in layers:
+        planned.effects = {DENSE: 0.0, **effects[planned.name]}
+    return measure, ""
+
+
+def _change(layer: Layer, statistics: Statistics, sparse: Compressed, fp8: bool, config: HWPQConfig) -> Change:
+    made: dict[str, Callable[[], torch.Tensor]] = {SPARSE: sparse.weight.dequantize}
+    if fp8:
+        made[FP8] = lambda: dense_float8(layer.parameter.detach(), config.activation).dequantize()
+    return Change(layer.parameter, next(iter(statistics)).transposed, made)
 
 
 def _compress_all(
@@ -320,7 +371,7 @@ def _compress_all(
     config, calibration = prepared.config, prepared.calibration
     recording = calibration.recording if calibration else None
     sparse: dict[str, Compressed] = {}
-    bounded = plan is None and (config.max_loss is not None or config.min_speedup is not None)
+    bounded = plan is None and config.bounded
     if recording and recording.runs:
         with prepared.timed("observe"):
             if config.sequential is None and (reason := no_room("activations take", held_bytes(recording.runs), {})):
@@ -330,7 +381,7 @@ def _compress_all(
     candidates, lines = _candidates(module, prepared)
     if bounded:
         with prepared.timed("plan"):
-            plan, sparse = _planned(candidates, config, DEFAULT_GPU, progress)
+            plan, sparse = _planned(module, candidates, prepared, DEFAULT_GPU, progress)
     wanted = _wanted(plan, candidates)
     chosen = []
     for layer, statistics in candidates:

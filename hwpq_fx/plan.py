@@ -27,8 +27,9 @@ from hwpq_fx.kernels.table import DENSE_NAMES, table_of
 from .errors import ConfigError
 
 SPARSE, FP8, DENSE = STATUSES = ("sparse24_fp8", "fp8", "dense")
-FORMAT = 1
+FORMAT = 2
 DEFAULT_GPU = "h100"
+ERROR = "relative error of the layers' outputs"
 # RFC 6298 takes the mean and four deviations for more than is usual.
 OUTLIER_DEVIATIONS = 4
 # Of the mean: among layers that are nearly equal, a few percent more are no reason to stay dense.
@@ -38,7 +39,9 @@ LEAST_DEVIATION = 1 / 10
 @dataclass
 class PlannedLayer:
     """One layer. errors: relative output error by status, as `LayerReport.error`; microseconds: time of its product at
-    the plan's number of rows, by status. A status that is not there cannot be had."""
+    the plan's number of rows, by status; effects: what the model's output loses with this layer alone changed, by
+    status (`hwpq_fx.effects`), or nothing where layers are weighed by their errors. A status that is not there cannot
+    be had."""
 
     name: str
     shape: tuple[int, ...]
@@ -46,18 +49,28 @@ class PlannedLayer:
     microseconds: dict[str, float]
     status: str = DENSE
     reason: str = ""
-    """Why it is what it is, where that is not the trade of error for time."""
+    """Why it is what it is, where that is not the trade of loss for time."""
+    effects: dict[str, float] = field(default_factory=dict)
 
     @property
     def error(self) -> float:
         return self.errors[self.status]
 
+    @property
+    def losses(self) -> dict[str, float]:
+        """What it is weighed by: effects where they are known, else errors."""
+        return self.effects or self.errors
+
+    @property
+    def loss(self) -> float:
+        return self.losses[self.status]
+
 
 class Point(NamedTuple):
-    """A stop on the way from all dense to all sparse: dense time over planned time, and the summed relative error."""
+    """A stop on the way from all dense to all sparse: dense time over planned time, and the summed loss."""
 
     speedup: float
-    error: float
+    loss: float
     sparse: float
     """Share of the multiplications that are 2:4."""
 
@@ -74,11 +87,20 @@ class Plan:
     """Where the times come from."""
     frontier: list[Point] = field(default_factory=list)
     """The best trades on the way from all dense to all sparse."""
+    measure: str = ERROR
+    """What layers are weighed by, the loss: `ERROR`, or what `hwpq_fx.effects` gives."""
+    by_error: str = ""
+    """Why not by effects on the output, where that was tried."""
 
     @property
     def error(self) -> float:
+        """Relative output errors, summed over the layers."""
+        return sum(layer.error for layer in self.layers)
+
+    @property
+    def loss(self) -> float:
         """Summed over the layers."""
-        return summed_error(self.layers)
+        return summed_loss(self.layers)
 
     @property
     def speedup(self) -> float:
@@ -104,7 +126,8 @@ class Plan:
             if content["format"] != FORMAT:
                 raise ConfigError(f"the plan has format {content['format']}, this version reads {FORMAT}")
             layers = [PlannedLayer(**layer | {"shape": tuple(layer["shape"])}) for layer in content["layers"]]
-            made = cls(layers, content["rows"], content["timing"], [Point(**one) for one in content["frontier"]])
+            frontier = [Point(**one) for one in content["frontier"]]
+            made = cls(layers, content["rows"], content["timing"], frontier, content["measure"], content["by_error"])
             for layer in made.layers:
                 _check(layer)
         except (KeyError, TypeError, AttributeError) as error:
@@ -132,21 +155,24 @@ class Plan:
         made = Table(title=f"plan for {self.rows} rows, times from {self.timing}", title_justify="left")
         made.box, made.pad_edge = box.SIMPLE_HEAD, False
         made.add_column("layer", overflow="fold", min_width=22)
-        for column in ("out x in", "error 2:4", "error fp8", "saves us", "becomes"):
+        effects = ["effect 2:4", "effect fp8"] if any(layer.effects for layer in self.layers) else []
+        for column in ("out x in", "error 2:4", "error fp8", *effects, "saves us", "becomes"):
             made.add_column(column, justify="right")
         for layer in self.layers:
             saved = layer.microseconds[DENSE] - layer.microseconds[layer.status]
             became = Text(layer.status + (f" ({layer.reason})" if layer.reason else ""))
-            errors = [f"{layer.errors[status]:.3f}" if status in layer.errors else "-" for status in (SPARSE, FP8)]
-            made.add_row(Text(layer.name), "x".join(map(str, layer.shape)), *errors, f"{saved:.2f}", became)
+            told = [_told(layer.errors, status, ".3f") for status in (SPARSE, FP8)]
+            told += [_told(layer.effects, status, ".5f") for status in (SPARSE, FP8) if effects]
+            made.add_row(Text(layer.name), "x".join(map(str, layer.shape)), *told, f"{saved:.2f}", became)
         return made
 
     def summary(self) -> str:
         counts = ", ".join(f"{sum(one.status == status for one in self.layers)} {status}" for status in STATUSES)
+        why = f" (not by their effects on the output: {self.by_error})" if self.by_error else ""
         return (
             f"of the {len(self.layers)} layers weighed here {counts}; {self.sparse_share:.0%} of their multiplications "
-            f"are 2:4; their products {self.speedup:.2f}x as fast as dense, by {self.timing}; summed relative error "
-            f"{self.error:.3f}"
+            f"are 2:4; their products {self.speedup:.2f}x as fast as dense, by {self.timing}; summed {self.measure} "
+            f"{self.loss:.3g}{why}"
         )
 
     def __str__(self) -> str:
@@ -157,15 +183,15 @@ class Plan:
         return text.getvalue()
 
     def plot(self, file: str | Path) -> None:
-        """Draw the frontier, speed against error, and where this plan stands. Raises ImportError without matplotlib
+        """Draw the frontier, speed against loss, and where this plan stands. Raises ImportError without matplotlib
         (`pip install 'hwpq_fx[plot]'`)."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.add_subplot()
-        axes.plot([p.error for p in self.frontier], [p.speedup for p in self.frontier], marker=".", label="frontier")
-        axes.plot([self.error], [self.speedup], marker="o", linestyle="none", label="this plan")
-        axes.set_xlabel("summed relative error of the layers' outputs")
+        axes.plot([p.loss for p in self.frontier], [p.speedup for p in self.frontier], marker=".", label="frontier")
+        axes.plot([self.loss], [self.speedup], marker="o", linestyle="none", label="this plan")
+        axes.set_xlabel(f"{self.measure}, summed")
         axes.set_ylabel(f"products, times as fast as dense ({self.rows} rows)")
         axes.set_title(f"times from {self.timing}", fontsize="small")
         axes.grid(alpha=0.3)
@@ -182,12 +208,18 @@ def picture_formats() -> set[str]:
 
 def _check(layer: PlannedLayer) -> None:
     """Raise ConfigError where what a file says of a layer cannot be."""
-    numbers = [*layer.errors.values(), *layer.microseconds.values()]
+    numbers = [*layer.errors.values(), *layer.microseconds.values(), *layer.effects.values()]
     if not isinstance(layer.name, str) or len(layer.shape) != 2:
         raise ConfigError(f"this is no plan: it has a layer {layer.name!r} of shape {layer.shape}")
     if not all(isinstance(one, (int, float)) for one in numbers) or DENSE not in layer.microseconds:
         raise ConfigError(f"this is no plan: errors and microseconds of {layer.name} are not numbers by status")
+    if layer.effects and layer.effects.keys() != layer.errors.keys():
+        raise ConfigError(f"this is no plan: {layer.name} has effects of other statuses than errors")
     check_status(layer)
+
+
+def _told(numbers: dict[str, float], status: str, how: str) -> str:
+    return format(numbers[status], how) if status in numbers else "-"
 
 
 def check_status(layer: PlannedLayer) -> None:
@@ -197,8 +229,8 @@ def check_status(layer: PlannedLayer) -> None:
         raise ConfigError(f"the plan makes {layer.name} {layer.status!r}; it can be {possible}")
 
 
-def summed_error(layers: Iterable[PlannedLayer]) -> float:
-    return sum(layer.error for layer in layers)
+def summed_loss(layers: Iterable[PlannedLayer]) -> float:
+    return sum(layer.loss for layer in layers)
 
 
 def speedup(layers: Iterable[PlannedLayer]) -> float:
@@ -267,24 +299,24 @@ def check_gpu(gpu: str) -> None:
 
 
 def mark_outliers(layers: Sequence[PlannedLayer]) -> None:
-    """Note as outlier each layer whose 2:4 error is above the moving mean of its like (the same last part of the name,
-    in the blocks before it) by more than four moving deviations, and by two fifths of that mean at least.
+    """Note as outlier each layer whose loss as 2:4 is above the moving mean of its like (the same last part of the
+    name, in the blocks before it) by more than four moving deviations, and by two fifths of that mean at least.
 
     Mean and deviation move as in RFC 6298 (see `ewma`). The mean starts at the median of its like: the first block may
     be the one that is out of the ordinary. An outlier does not hide the next one: it leaves the deviation as it is,
-    and moves the mean no more than an error at the threshold would, so that where errors are higher from some block
+    and moves the mean no more than a loss at the threshold would, so that where losses are higher from some block
     on, the mean gets there.
     """
     kinds: dict[str, list[PlannedLayer]] = {}
     for layer in layers:
-        if SPARSE in layer.errors:
+        if SPARSE in layer.losses:
             kinds.setdefault(layer.name.rpartition(".")[2], []).append(layer)
     for alike in kinds.values():
-        mean = median(layer.errors[SPARSE] for layer in alike)
+        mean = median(layer.losses[SPARSE] for layer in alike)
         dev = mean / 2
         for layer in alike:
             most = OUTLIER_DEVIATIONS * max(dev, LEAST_DEVIATION * mean)
-            above = layer.errors[SPARSE] - mean
+            above = layer.losses[SPARSE] - mean
             if above > most:
                 layer.reason = "outlier"
             else:
@@ -295,11 +327,11 @@ def mark_outliers(layers: Sequence[PlannedLayer]) -> None:
 def decide(layers: Sequence[PlannedLayer], max_loss: float | None, min_speedup: float | None) -> list[Point]:
     """Set the status of every layer but outliers and those that have no choice, and give the frontier.
 
-    From all dense, the step with the least error for a microsecond saved is taken first; a step makes a dense layer FP8
-    or 2:4, or an FP8 layer 2:4 (or the other way, where that is faster). Steps that would take the summed error above
+    From all dense, the step with the least loss for a microsecond saved is taken first; a step makes a dense layer FP8
+    or 2:4, or an FP8 layer 2:4 (or the other way, where that is faster). Steps that would take the summed loss above
     `max_loss` are passed over, and what is left of it may do for a smaller step of the same layer. With `min_speedup`
     they end once it is reached, and those that turn out not to be needed are taken back, the dearest first: then no
-    layer can have less error without falling short. With neither, every step is taken.
+    layer can lose less without falling short. With neither, every step is taken.
     """
     free = [layer for layer in layers if layer.reason == ""]
     steps = [move for layer in free for move in _moves(layer)]
@@ -308,7 +340,7 @@ def decide(layers: Sequence[PlannedLayer], max_loss: float | None, min_speedup: 
     # what `min_speedup` takes may be within `max_loss` in the end, though steps on the way to it were not
     for bound in dict.fromkeys((None, max_loss)):
         _choose(layers, moves, bound, min_speedup)
-        if max_loss is None or summed_error(layers) <= max_loss:
+        if max_loss is None or summed_loss(layers) <= max_loss:
             break
     return _frontier(layers, sorted(steps, key=lambda move: move.price))
 
@@ -326,19 +358,19 @@ def _choose(
         if layer.status != move.before:  # a later step builds on the one before it
             continue
         layer.status = move.status
-        # as `Plan.error`: added up in another order the same errors may come out above the bound
-        if max_loss is not None and summed_error(layers) > max_loss:
+        # as `Plan.loss`: added up in another order the same losses may come out above the bound
+        if max_loss is not None and summed_loss(layers) > max_loss:
             layer.status = move.before
         else:
             taken.append(move)
     if min_speedup is None:
         return
     for move in reversed(taken):
-        layer, least = move.layer, move.layer.errors[move.before]
+        layer, losses = move.layer, move.layer.losses
         if layer.status != move.status:
             continue
-        for status in sorted(layer.errors, key=layer.errors.__getitem__):
-            if least <= layer.errors[status] <= layer.errors[move.status]:
+        for status in sorted(losses, key=losses.__getitem__):
+            if losses[move.before] <= losses[status] <= losses[move.status]:
                 layer.status = status
                 if status == move.status or speedup(layers) >= min_speedup:
                     break
@@ -348,12 +380,12 @@ def _frontier(layers: Sequence[PlannedLayer], steps: Sequence[_Move]) -> list[Po
     """Where all of the steps lead, whatever the bounds."""
     before = now = sum(layer.microseconds[DENSE] for layer in layers)
     multiplications = max(1, sum(layer.shape[0] * layer.shape[1] for layer in layers))
-    error, sparse, points = 0.0, 0, [Point(1.0, 0.0, 0.0)]
+    loss, sparse, points = 0.0, 0, [Point(1.0, 0.0, 0.0)]
     for step in steps:
-        error += step.error
+        loss += step.loss
         now -= step.saved
         sparse += step.layer.shape[0] * step.layer.shape[1] * ((step.status == SPARSE) - (step.before == SPARSE))
-        points.append(Point(before / now, error, sparse / multiplications))
+        points.append(Point(before / now, loss, sparse / multiplications))
     return points
 
 
@@ -361,16 +393,16 @@ class _Move(NamedTuple):
     layer: PlannedLayer
     before: str
     status: str
-    error: float
+    loss: float
     saved: float
 
     @property
     def price(self) -> float:
-        return self.error / self.saved
+        return self.loss / self.saved
 
 
 def _moves(layer: PlannedLayer) -> list[_Move]:
-    """The steps of a layer that save time, each dearer than the one before: the lower hull of error over time saved."""
+    """The steps of a layer that save time, each dearer than the one before: the lower hull of loss over time saved."""
     moves: list[_Move] = []
     while steps := _steps(layer, moves[-1].status if moves else DENSE):
         moves.append(min(steps, key=lambda move: move.price))
@@ -378,7 +410,7 @@ def _moves(layer: PlannedLayer) -> list[_Move]:
 
 
 def _passed_over(layer: PlannedLayer) -> list[_Move]:
-    """What a dense layer could be instead of what the hull makes of it at once, at less error and a higher price."""
+    """What a dense layer could be instead of what the hull makes of it at once, at less loss and a higher price."""
     hull = [move.status for move in _moves(layer)]
     return [move for move in _steps(layer, DENSE) if move.status not in hull]
 
@@ -386,7 +418,7 @@ def _passed_over(layer: PlannedLayer) -> list[_Move]:
 def _steps(layer: PlannedLayer, at: str) -> list[_Move]:
     """All that save time over status `at`."""
     return [
-        _Move(layer, at, status, layer.errors[status] - layer.errors[at], saved)
+        _Move(layer, at, status, layer.losses[status] - layer.losses[at], saved)
         for status in (FP8, SPARSE)
-        if status in layer.errors and (saved := layer.microseconds[at] - layer.microseconds[status]) > 0
+        if status in layer.losses and (saved := layer.microseconds[at] - layer.microseconds[status]) > 0
     ]

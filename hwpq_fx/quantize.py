@@ -71,8 +71,10 @@ def quantize_module(module: nn.Module, config: HWPQConfig, *, parameter_name: st
         raise ConfigError("quantize_ shows no names: choose layers by its filter_fn or by FqnToConfig")
     if config.sequential:
         raise ConfigError("sequential needs the whole model's graph: use hwpq_fx.convert")
-    if config.max_loss is not None or config.min_speedup is not None:
-        raise ConfigError("max_loss and min_speedup weigh layers against each other: use hwpq_fx.convert")
+    if config.bounded:
+        raise ConfigError(
+            "max_loss, max_divergence and min_speedup weigh layers against each other: use hwpq_fx.convert"
+        )
     check_packing_format(config, parameter.device)
     if isinstance(parameter, TorchAOBaseTensor):
         raise ModelError(f"{what} is a {type(parameter).__name__}: it has been converted or quantized already")

@@ -77,7 +77,7 @@ class DryRun:
         gib = (self.model_bytes / 2**30, self.converted_bytes / 2**30, self.memory_bytes / 2**30)
         console.print("model {:.2f} GiB > {:.2f} GiB; converting takes {:.2f} GiB and the activations".format(*gib))
         if self.bounded:
-            console.print("max_loss and min_speedup need calibration to say which layers stay dense: see hwpq-fx plan")
+            console.print("the config's bounds need calibration to say which layers stay dense: see hwpq-fx plan")
         return text.getvalue()
 
 
@@ -118,4 +118,4 @@ def dry_run(source: str, config: HWPQConfig) -> DryRun:
     for name, parameter in stacked_of(model):
         found.append(LayerSize(name, tuple(parameter.shape), "dense", STACKED, parameter.nbytes, parameter.nbytes))
     total = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
-    return DryRun(found, total, statistics, (config.max_loss, config.min_speedup) != (None, None))
+    return DryRun(found, total, statistics, config.bounded)

@@ -83,7 +83,7 @@ def test_the_error_of_a_plan_as_its_bound(layers, bound, wanted):
         before = statuses(layers)
         decide(layers, *bounds)
         assert statuses(layers) == before
-        decide(layers, Plan(layers, 1, "").error, bounds[1])
+        decide(layers, Plan(layers, 1, "").loss, bounds[1])
         assert statuses(layers) == before
 
 
@@ -95,7 +95,7 @@ def test_frontier_goes_up_and_gets_dearer(layers):
     assert all(a.speedup < b.speedup for a, b in pairwise(frontier))
     plan = Plan(layers, 1, "")
     assert frontier[-1].speedup == pytest.approx(plan.speedup)
-    assert frontier[-1].error == pytest.approx(plan.error)
+    assert frontier[-1].loss == pytest.approx(plan.loss)
     assert frontier[-1].sparse == pytest.approx(plan.sparse_share)
 
 
@@ -122,9 +122,9 @@ def test_fp8_comes_between():
     for bound, status in ((0.01, DENSE), (0.1, FP8), (0.3, SPARSE), (None, SPARSE)):
         decide([layer], bound, None)
         assert layer.status == status
-    assert [point.error for point in decide([layer], None, None)] == pytest.approx([0, 0.02, 0.3])
+    assert [point.loss for point in decide([layer], None, None)] == pytest.approx([0, 0.02, 0.3])
     layer.errors[FP8] = 0.29  # not worth a stop
-    assert [point.error for point in decide([layer], None, None)] == pytest.approx([0, 0.3])
+    assert [point.loss for point in decide([layer], None, None)] == pytest.approx([0, 0.3])
 
 
 def test_steps_that_a_later_one_made_needless_are_taken_back():
@@ -146,7 +146,7 @@ def test_where_one_step_does_not_fit_a_smaller_one_may():
     for bound, status in ((0.02, DENSE), (0.1, FP8), (0.2, SPARSE), (None, SPARSE)):
         frontier = decide([layer], bound, None)
         assert layer.status == status
-        assert [point.error for point in frontier] == pytest.approx([0, 0.2])
+        assert [point.loss for point in frontier] == pytest.approx([0, 0.2])
 
 
 def test_outliers_are_told_among_their_like():
@@ -241,11 +241,11 @@ def test_plan_leaves_the_model_and_convert_follows_it(model):
 
 @pytest.mark.parametrize(("compensation", "bound"), [("energy", 0.8), ("cg", 0.1)])
 def test_config_bounds_are_the_same_as_a_plan(model, compensation, bound):
-    config = HWPQConfig(max_loss=bound, compensation=compensation)
+    config = HWPQConfig(max_loss=bound, compensation=compensation, sequential=False)
     made = hwpq_fx.plan(model, BATCHES, config)
     other = copy.deepcopy(model)
     convert(model, BATCHES, config)
-    convert(other, BATCHES, HWPQConfig(compensation=compensation), plan=made)
+    convert(other, BATCHES, HWPQConfig(compensation=compensation, sequential=False), plan=made)
     assert kinds(model) == kinds(other)
     assert 0 < sum(kind == "Float8Sparse24Tensor" for kind in kinds(model).values()) < 4
     assert sum(line.error for line in report(model).converted) <= bound
@@ -263,7 +263,7 @@ def test_json_round_trip(model, tmp_path):
     made = hwpq_fx.plan(model, BATCHES)
     made.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == made
-    assert json.loads((tmp_path / "plan.json").read_text())["format"] == 1
+    assert json.loads((tmp_path / "plan.json").read_text())["format"] == 2
     text = str(made)
     assert "the roofline model of H100" in text and "4 sparse24_fp8, 0 fp8, 0 dense" in text
 
@@ -341,11 +341,14 @@ def layer_of(**changes):
     layer = {"name": "x", "shape": [8, 8], "errors": {"dense": 0, "int4": 0.1}, "microseconds": {"dense": 2, "int4": 1}}
     twice = changes.pop("twice", False)
     layers = [layer | {"status": "dense"} | changes] * (1 + twice)
-    return json.dumps({"format": 1, "rows": 1, "timing": "", "frontier": [], "layers": layers})
+    return json.dumps(
+        {"format": 2, "rows": 1, "timing": "", "frontier": [], "measure": "", "by_error": "", "layers": layers}
+    )
 
 
 BAD = [{"errors": None}, {"microseconds": None}, {"status": ["fp8"]}, {"microseconds": {"fp8": 1}}, {"shape": [8]}]
 BAD += [{"errors": {"dense": "0"}}, {"name": 3}, {"status": "int4"}, {"twice": True}]
+BAD += [{"effects": {"dense": 0}}, {"effects": {"dense": 0, "int4": "x"}}]
 
 
 def test_a_file_of_this_kind_is_read(tmp_path):
@@ -354,7 +357,7 @@ def test_a_file_of_this_kind_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", "{}", '{"format": 9}', '{"format": 1, "layers": [{}]}', *(layer_of(**bad) for bad in BAD)]
+    "content", ["{", "[]", "{}", '{"format": 9}', '{"format": 2, "layers": [{}]}', *(layer_of(**bad) for bad in BAD)]
 )
 def test_files_that_hold_no_plan(tmp_path, content):
     (tmp_path / "plan.json").write_text(content)
@@ -367,7 +370,8 @@ def test_its_own_error_is_a_bound_that_holds_all_of_it(model):
         torch.manual_seed(seed)
         model = Mlp().eval()
         made = hwpq_fx.plan(model, BATCHES)
-        assert hwpq_fx.plan(model, BATCHES, HWPQConfig(max_loss=made.error)).statuses() == made.statuses()
+        for bound in ({"max_loss": made.error}, {"max_divergence": made.loss}):
+            assert statuses(hwpq_fx.plan(model, BATCHES, HWPQConfig(**bound)).layers) == statuses(made.layers)
 
 
 def test_nothing_is_done_for_a_speed_that_is_there(model):
@@ -377,5 +381,5 @@ def test_nothing_is_done_for_a_speed_that_is_there(model):
 def test_unstructured_has_no_plan(model):
     with pytest.raises(ConfigError, match=r'a plan is for sparsity "2:4", not 0\.5'):
         hwpq_fx.plan(model, BATCHES, HWPQConfig(sparsity=0.5))
-    with pytest.raises(ConfigError, match="max_loss and min_speedup are for sparsity"):
+    with pytest.raises(ConfigError, match="max_loss, max_divergence and min_speedup are for sparsity"):
         convert(model, BATCHES, HWPQConfig(sparsity=0.5, max_loss=1.0))
