@@ -69,9 +69,11 @@ class HWPQConfig(AOBaseConfig):
     """With "cg": convert layer after layer, each on the inputs that the converted layers before it give, aiming at the
     dense model's outputs. More accurate; calibration takes some three times as long, and the activations of all
     batches at one point of the model are in memory, twice. For `hwpq_fx.convert`, by one process, of models that Dynamo
-    captures whole. None: where that can be done and the activations take no more than half of a GPU's free memory, 4
-    GiB elsewhere. True: whatever they take, with a warning where it cannot be done. Layers that it is not done for are
-    converted one by one, each on the dense model's inputs, as with False; the report says why."""
+    captures whole; and for `hwpq_fx.compress_checkpoint`, of blocks that it captures whole, with the activations of one
+    batch in memory and some five passes of all batches in place of one. None: where that can be done and the
+    activations take no more than half of a GPU's free memory, 4 GiB elsewhere. True: whatever they take, with a warning
+    where it cannot be done. Layers that it is not done for are converted one by one, each on the dense model's inputs,
+    as with False; the report says why."""
 
     curvature_bytes: int | None = None
     """Memory on each device that "cg" may take during calibration, for X^T X of every input (4 K^2 bytes each). Inputs

@@ -2,9 +2,10 @@
 dense model makes of its own.
 
 Each recorded run of the model's graph is run twice more, dense (D) and converted (X), all of them together from one
-input of linear layers to the next. There the weights W that multiply it are converted, and the converted runs go on
-with the new ones, as the model will. (What one call of the model leaves to the next, a cache, is the dense model's in
-both.) With D and X [R, K] that input in both, a new weight W' [N, K] is to minimise
+input of linear layers to the next; or, for a block of a checkpoint, one after the other from the start to each of them
+(`in_order`). There the weights W that multiply it are converted, and the converted runs go on with the new ones, as
+the model will. (What one call of the model leaves to the next, a cache, is the dense model's in both.) With D and X
+[R, K] that input in both, a new weight W' [N, K] is to minimise
 
     ||D W^T + r_D - X W'^T - r_X||^2
 
@@ -16,9 +17,9 @@ as the aim are GPTAQ's (Li et al., arXiv 2504.02692), without the residual.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import fx
@@ -52,7 +53,7 @@ class _Job(NamedTuple):
         return shape_of(self.layer.parameter, self.uses)
 
 
-class _Lane(NamedTuple):
+class Lane(NamedTuple):
     """One run of calibration, dense and converted. places: of the graph's inputs, by their ids."""
 
     stages: list[Stage]
@@ -62,13 +63,35 @@ class _Lane(NamedTuple):
     converted: Steps
 
     @classmethod
-    def of(cls, run: Run) -> "_Lane":
+    def of(cls, run: Run, converted: tuple[Any, ...]) -> "Lane":
+        """converted: what the converted run is given, where `run` has the dense one's."""
         places = {id(one): place for place, one in enumerate(run.args)}
-        dense, converted = (Steps(run.staged, args) for args in (run.args, run.fresh()))
-        return cls(run.staged.stages, places, run.call, dense, converted)
+        dense, other = (Steps(run.staged, args) for args in (run.args, converted))
+        return cls(run.staged.stages, places, run.call, dense, other)
+
+    def put(self, parameter: torch.Tensor, weight: torch.Tensor) -> None:
+        """Go on converted with `weight` in the parameter's place."""
+        self.converted.replace(self.places[id(parameter)], weight)
 
     def residuals(self, number: int, job: _Job) -> tuple[fx.Node, ...]:
         return self.stages[number].residuals[self.places[id(job.layer.parameter)]]
+
+
+class Lanes(Protocol):
+    """All runs of calibration. Each time they are asked for they can go on to the next stage, with the weights that
+    were put in."""
+
+    def __iter__(self) -> Iterator[Lane]: ...
+
+    def put(self, parameter: torch.Tensor, weight: torch.Tensor) -> None: ...
+
+
+class _Kept(list[Lane]):
+    """All of them in memory, where they are."""
+
+    def put(self, parameter: torch.Tensor, weight: torch.Tensor) -> None:
+        for lane in self:
+            lane.put(parameter, weight)
 
 
 def compress_in_order(
@@ -79,13 +102,27 @@ def compress_in_order(
     runs: as `Recording` has them; used up. wanted: by a parameter's id, its layer and the status it is to have. timed:
     what is around a phase, by its name. Raises CalibrationError as `compress` does.
     """
+    weights, lanes = runs[0].weights(), _Kept(Lane.of(run, run.fresh()) for run in runs)
+    runs.clear()
+    return compress_stages(weights, lanes, wanted, config, timed, progress)
+
+
+def compress_stages(
+    weights: list[list[tuple[int, Use]]],
+    lanes: Lanes,
+    wanted: dict[int, tuple[Layer, str]],
+    config: HWPQConfig,
+    timed: Timed,
+    progress: bool,
+) -> dict[str, Compressed]:
+    """The same for any lanes. weights: those of each stage, as `Run.weights` has them."""
     stages = []
-    for number, stage in enumerate(runs[0].staged.stages):
-        uses = {id(runs[0].args[place]): uses for place, uses in stage.uses.items()}
+    for number, stage in enumerate(weights):
+        uses: dict[int, list[Use]] = {}
+        for one, use in stage:
+            uses.setdefault(one, []).append(use)
         if jobs := [_Job(*wanted[one], uses[one]) for one in uses if one in wanted]:
             stages.append((number, jobs))
-    lanes = [_Lane.of(run) for run in runs]
-    runs.clear()
     made = {}
     with tracked(stages, "choose and pack in order", progress) as steps:
         for number, jobs in steps:
@@ -94,11 +131,13 @@ def compress_in_order(
             for job in jobs:
                 with timed("choose and pack"):
                     new = made[job.layer.name] = _compress(job, seen, config)
-                packed = isinstance(new.weight, Float8Sparse24Tensor)
-                runnable = new.weight.expand() if packed else new.weight
-                for lane in lanes:
-                    lane.converted.replace(lane.places[id(job.layer.parameter)], runnable)
+                lanes.put(job.layer.parameter, runnable(new.weight))
     return made
+
+
+def runnable(weight: torch.Tensor) -> torch.Tensor:
+    """A new weight with what it needs to be multiplied by."""
+    return weight.expand() if isinstance(weight, Float8Sparse24Tensor) else weight
 
 
 def held_bytes(runs: list[Run]) -> dict[torch.device, int]:
@@ -132,30 +171,40 @@ class _Seen:
         }
 
 
-def _observe(lanes: list[_Lane], number: int, jobs: list[_Job], config: HWPQConfig) -> _Seen:
+def _observe(lanes: Lanes, number: int, jobs: list[_Job], config: HWPQConfig) -> _Seen:
     """Run all lanes up to stage `number`, and gather there."""
-    pulled = [
-        job
-        for job in jobs
-        if job.status == SPARSE
-        and [(use.start, use.stop) for use in job.uses] == [(0, job.shape[0])]
-        and all(lane.residuals(number, job) for lane in lanes)
-    ]
     seen = None
     for lane in lanes:
-        dense, x = (steps.advance(lane.stages[number]) for steps in (lane.dense, lane.converted))
-        seen = seen or _Seen(x, jobs, pulled, config.curvature_bytes)
-        keep = lane.call.rows_to_keep(x, lane.stages[number].sequence_first)
-        seen.statistics.update(x, keep, lane.call.number)
-        if seen.cross is None:
-            continue
-        rows = kept_rows(x, keep)
-        add_product(seen.cross, kept_rows(dense, keep) - rows, rows)
-        for job, pull in seen.pulls.values():
-            for node in lane.residuals(number, job):
-                theirs, ours = (kept_rows(steps.env[node], keep) for steps in (lane.dense, lane.converted))
-                add_product(pull, (theirs - ours).to(x.dtype), rows)
+        seen = _add(seen, lane, number, jobs, config)
+        del lane  # where they are not kept, the next one is made in the room of this
     assert seen is not None, "a recording has a run"
+    return seen
+
+
+def _add(seen: _Seen | None, lane: Lane, number: int, jobs: list[_Job], config: HWPQConfig) -> _Seen:
+    dense, x = (steps.advance(lane.stages[number]) for steps in (lane.dense, lane.converted))
+    if seen is None:
+        pulled = [
+            job
+            for job in jobs
+            if job.status == SPARSE
+            and [(use.start, use.stop) for use in job.uses] == [(0, job.shape[0])]
+            and lane.residuals(number, job)
+        ]
+        seen = _Seen(x, jobs, pulled, config.curvature_bytes)
+    keep = lane.call.rows_to_keep(x, lane.stages[number].sequence_first)
+    seen.statistics.update(x, keep, lane.call.number)
+    if seen.cross is None:
+        return seen
+    rows = kept_rows(x, keep)
+    add_product(seen.cross, kept_rows(dense, keep) - rows, rows)
+    for name, (job, pull) in list(seen.pulls.items()):
+        nodes = lane.residuals(number, job)
+        if not nodes:  # those of all batches, or none
+            del seen.pulls[name]
+        for node in nodes:
+            theirs, ours = (kept_rows(steps.env[node], keep) for steps in (lane.dense, lane.converted))
+            add_product(pull, (theirs - ours).to(x.dtype), rows)
     return seen
 
 

@@ -1,37 +1,40 @@
 """Converting a transformers checkpoint decoder block by decoder block: the model has to fit nowhere.
 
 What runs before the blocks (embeddings, masks, positions) runs once for each batch and leaves the first hidden states
-and the other arguments of the blocks on disk. Then one block after the other is read from the shards and observed on
-all hidden states, which become the next block's; and its layers are compressed one by one. What is observed is the
-dense model without a cache of keys and values, so masks and bits are those of `hwpq_fx.convert` on the same batches
-with use_cache=False, but for what the order of sums rounds otherwise.
+and the other arguments of the blocks on disk. Then one block after the other is read from the shards and run on all
+hidden states, which become the next block's: those of the dense model and, where layers are converted in order, those
+of the converted one. The model is run without a cache of keys and values, so masks and bits are those of
+`hwpq_fx.convert` on the same batches with use_cache=False, but for what the order of sums rounds otherwise.
 """
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
 
+from .blocks import Became, Block, compress_one_by_one
 from .calibration import tracked
 from .checkpoint import Stored, split, table_from_json, table_to_json
-from .compress import Statistics, cannot_compress, check_weight, compress, dense_line, not_reached, stacked_lines
+from .compress import Compressed, cannot_compress, dense_line, stacked_lines
 from .config import PLAIN, HWPQConfig, check_for_model
 from .context import as_written
 from .errors import CalibrationError, ConfigError, ModelError
+from .in_order import NotInOrder, compress_block_in_order
 from .layers import Layer, check_patterns, layers_of, left_out
 from .report import REPORT_METADATA, LayerReport, Report
 from .resume import Run, fingerprint
 from .shards import INDEX, Shards, metadata_of, write, written
-from .skeleton import Call, Front, Skeleton, hidden_of, run_block
-from .statistics import CalibrationRecorder
+from .skeleton import Call, Front, Skeleton
+from .statistics import Call as Told
 
+logger = logging.getLogger("hwpq_fx")
 BLOCK = "hwpq_fx.block"
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"}
 
@@ -56,9 +59,14 @@ def compress_checkpoint(
     resume: go on with what a killed run with the same model, batches and config left, to the same bits, and start
     where there is nothing. One process at a time works on one `out`.
 
-    Layers outside of the blocks stay dense. `config.curvature_bytes` holds for each block by itself. In memory are the
-    dense weights of one block, the statistics of its inputs and the activations of one batch, or one layer and what
-    compressing it takes; on disk, beside `out`, the hidden states of all batches, twice.
+    Layers are converted in order (`config.sequential`) block by block: where one cannot be, its layers alone are
+    converted one by one. Layers outside of the blocks stay dense.
+
+    In memory are the dense weights of one block and the activations of one batch. In order there are two runs of that
+    batch, the block's new weights, and the statistics of one input, what compressing takes besides; one by one the
+    statistics of all inputs of the block, or one layer and what compressing it takes. `config.curvature_bytes` holds
+    for each input, or each block, by itself. On disk, beside `out`, are the hidden states of all batches, twice; in
+    order four times.
 
     Raises FileExistsError where `out` is there, another process at work on it, or an unfinished run that is not to be
     resumed; CheckpointError where the run to resume is another one or damaged; ConfigError, CalibrationError and
@@ -82,10 +90,8 @@ def compress_checkpoint(
 def check_for_blocks(config: HWPQConfig | None) -> HWPQConfig:
     """A copy of the config, found fit for this. Raises ConfigError."""
     config = check_for_model(config)
-    if config.sequential:
-        raise ConfigError("sequential is for hwpq_fx.convert: here every block is observed as the dense model runs it")
-    if (config.max_loss, config.min_speedup) != (None, None):
-        raise ConfigError("max_loss and min_speedup weigh all layers against each other: use hwpq_fx.convert")
+    if config.bounded:
+        raise ConfigError("max_loss, max_divergence and min_speedup weigh all layers: use hwpq_fx.convert")
     if config.packing_format != PLAIN:
         raise ConfigError(f'packing_format {config.packing_format!r} is for models in memory; checkpoints are "plain"')
     return config
@@ -107,20 +113,14 @@ class _Conversion:
         self.skeleton, self.shards, self.config, self.batches = skeleton, skeleton.shards, config, batches
         self.layers = layers_of(skeleton.model)
         check_patterns(self.layers, config)
-        inside = [self._stored(index) for index in range(len(skeleton.blocks))]
+        indices = range(len(skeleton.blocks))
+        inside = [[name for name, _ in skeleton.tensors_in(index)] for index in indices]
         self.rest = self._grouped(set(skeleton.stored.values()).difference(*inside), self.shards.nbytes(inside[0]))
+        self.padding = [Told.of(at, batch.get("attention_mask")) for at, batch in enumerate(batches or [])]
         self.table: dict[str, Stored] = {}
         self.report = Report()
-        if all(self._reason(layer) for block in skeleton.blocks for layer in self._layers_in(block)):
+        if all(self._reason(layer) for index in indices for layer in self._layers_in(index)):
             self._outside()  # raises
-
-    def _stored(self, index: int) -> list[str]:
-        """What block `index` is in the checkpoint."""
-        names = self.skeleton.blocks[index].state_dict(keep_vars=True)
-        return [self.skeleton.stored[self._prefix(index) + name] for name in names]
-
-    def _prefix(self, index: int) -> str:
-        return f"{self.skeleton.name}.{index}."
 
     def _grouped(self, names: Iterable[str], limit: int) -> list[list[str]]:
         """`names` in groups of up to `limit` bytes, or one."""
@@ -151,7 +151,7 @@ class _Conversion:
         self._outside()
         for names, file in zip(self.rest, places[len(blocks) :], strict=True):
             told = {REPORT_METADATA: json.dumps(self.report.to_dict())} if names is self.rest[-1] else {}
-            write({name: self._read(name, torch.device("cpu")) for name in names}, file, told)
+            write({name: self.skeleton.read(name, torch.device("cpu")) for name in names}, file, told)
         self._describe(run.folder, places)
         return self.report
 
@@ -168,69 +168,52 @@ class _Conversion:
         return calls
 
     def _block(self, index: int, calls: list[list[Call]], run: Run, file: Path) -> None:
-        block, seconds, start, seen = self.skeleton.blocks[index], {}, time.perf_counter(), None
-        if calls:
-            seen = self._observe(index, [called[index] for called in calls], run)
-            seconds["observe"] = time.perf_counter() - start
-            start = time.perf_counter()
-        flat, table, lines = self._compress(index, block, seen)
-        seconds["choose and pack"] = time.perf_counter() - start
-        told = {"layers": table_to_json(table), "report": Report(lines, seconds).to_dict()}
+        told, became = Report(), None
+        timed = partial(_timed, told.seconds)
+        layers = [layer for layer in self._layers_in(index) if not self._reason(layer)]
+        block = Block(self.skeleton, index, layers, [called[index] for called in calls], self.padding, run)
+        in_order = bool(calls) and self.config.in_order
+        if in_order and layers:
+            try:
+                became = compress_block_in_order(block, self.config, timed)
+            except NotInOrder as error:
+                told.one_by_one = f"{self.skeleton.prefix(index)[:-1]}: {error}"
+                if self.config.sequential:  # asked for in so many words
+                    logger.warning("sequential: %s; its layers are converted one by one instead", told.one_by_one)
+        if became is None:
+            became = compress_one_by_one(block, self.config, timed)
+        if in_order and not block.last:
+            with timed("run in order"):
+                block.pass_on_converted(became)
+        flat, table, told.layers = self._shard(index, became)
         # the next block's hidden states are there by now: where the shard is, it can be gone on from
-        write(flat, file, {BLOCK: json.dumps(told)})
+        write(flat, file, {BLOCK: json.dumps({"layers": table_to_json(table), "report": told.to_dict()})})
         run.drop_hidden(before=index + 1)
 
-    def _observe(self, index: int, calls: list[Call], run: Run) -> dict[int, Statistics]:
-        """What the layers of the dense block see in all batches, by id of the parameter; what it makes of them goes to
-        disk."""
-        block, device = self.skeleton.blocks[index], self.skeleton.device
-        recorder = CalibrationRecorder(self.config.gathered_bytes)
-        layers = [layer for layer in self._layers_in(block) if not self._reason(layer)]
-        with self.skeleton.filled(self._prefix(index), block), _observed(layers, recorder):
-            for number, call in enumerate(calls):
-                recorder.begin_call(cast(list, self.batches)[number].get("attention_mask"))
-                tensors = [tensor.to(device) for tensor in run.arguments(number)]
-                made = hidden_of(run_block(block, call, run.hidden(index, number).to(device), tensors))
-                if index + 1 < len(self.skeleton.blocks):
-                    run.write_hidden(index + 1, number, made)
-        return recorder.uses
-
-    def _compress(
-        self, index: int, block: nn.Module, seen: dict[int, Statistics] | None
+    def _shard(
+        self, index: int, became: Became
     ) -> tuple[dict[str, torch.Tensor], dict[str, Stored], list[LayerReport]]:
-        """The block's shard, what its weights are, and the report's lines. Takes the statistics out of `seen`."""
+        """A block's shard, what its weights are, and the report's lines."""
         tensors: dict[str, torch.Tensor] = {}
         table: dict[str, Stored] = {}
         lines = []
-        layers = {id(layer.parameter): layer for layer in self._layers_in(block)}
-        for name, dense in zip(self._stored(index), block.state_dict(keep_vars=True).values(), strict=True):
-            weight, layer = self._read(name, self.skeleton.device), layers.get(id(dense))
-            if layer is None or layer.static_use is None:
-                tensors[name] = weight.cpu()
+        layers = {id(layer.parameter): layer for layer in self._layers_in(index) if layer.static_use}
+        for name, dense in self.skeleton.tensors_in(index):
+            layer = layers.get(id(dense))
+            one = became.get(layer.name) or self._reason(layer) if layer else ""
+            if isinstance(one, Compressed):
+                flat, stored = split({name: one.weight}, self.skeleton.dtype)
+                tensors |= {part: tensor.cpu() for part, tensor in flat.items()}
+                table |= stored
+                lines.append(one.line)
                 continue
-            statistics: Statistics = {layer.static_use: []}
-            reason = self._reason(layer)
-            if seen is not None and not reason:
-                statistics = seen.pop(id(layer.parameter), {})
-                reason = not_reached(statistics)
-            if reason:
-                tensors[name] = weight.cpu()
-                lines.append(dense_line(layer, {}, reason))
-                continue
-            check_weight(replace(layer, parameter=cast(nn.Parameter, weight)))
-            made, line = compress(layer.name, weight, statistics, self.config)
-            flat, stored = split({name: made}, self.skeleton.dtype)
-            tensors |= {part: tensor.cpu() for part, tensor in flat.items()}
-            table |= stored
-            lines.append(line)
+            tensors[name] = self.skeleton.read(name, torch.device("cpu"))
+            if layer:
+                lines.append(dense_line(layer, {}, one))
         return tensors, table, lines
 
-    def _read(self, name: str, device: torch.device) -> torch.Tensor:
-        dtype = self.skeleton.model.state_dict(keep_vars=True)[name].dtype
-        return self.shards.load(name, device, dtype)
-
-    def _layers_in(self, block: nn.Module) -> list[Layer]:
-        inside = {id(parameter) for parameter in block.parameters()}
+    def _layers_in(self, index: int) -> list[Layer]:
+        inside = {id(parameter) for parameter in self.skeleton.blocks[index].parameters()}
         return [layer for layer in self.layers if id(layer.parameter) in inside]
 
     def _reason(self, layer: Layer) -> str:
@@ -245,6 +228,7 @@ class _Conversion:
         self.table |= table_from_json(told["layers"])
         report = Report.from_dict(told["report"])
         self.report.layers += report.layers
+        self.report.one_by_one = self.report.one_by_one or report.one_by_one
         for phase, seconds in report.seconds.items():
             self.report.seconds[phase] = self.report.seconds.get(phase, 0.0) + seconds
 
@@ -281,34 +265,7 @@ class _Conversion:
 
 
 @contextmanager
-def _observed(layers: list[Layer], recorder: CalibrationRecorder) -> Iterator[None]:
-    """Calls of the layers are seen by `recorder`. Layers that are given the same tensor share what is gathered, as in
-    `convert`."""
-    leaders: dict[int, Layer] = {}
-    last: tuple[Layer, torch.Tensor, int] | None = None
-
-    def seen(layer: Layer, x: torch.Tensor) -> None:
-        nonlocal last
-        key, use = id(layer.parameter), layer.static_use
-        assert use is not None
-        same = last is not None and x is last[1] and x._version == last[2]
-        leader = last[0] if last is not None and same else layer
-        if leaders.setdefault(key, leader) is not leader:
-            raise CalibrationError(f"{layer.name} shares its input with another layer in some batches, not in others")
-        if leader is layer:
-            recorder.observe(x, (layer.parameter,), (use,))
-            last = layer, x, x._version
-        else:
-            recorder.uses[key] = {use: next(iter(recorder.uses[id(leader.parameter)].values()))}
-
-    hooks = [
-        layer.owner.register_forward_pre_hook(
-            lambda _, args, kwargs, layer=layer: seen(layer, args[0] if args else kwargs["input"]), with_kwargs=True
-        )
-        for layer in layers
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start

@@ -152,14 +152,15 @@ class Run:
         shutil.rmtree(self.work, ignore_errors=True)
         self.folder.rename(self.out)
 
-    # ---- hidden states: those that block `index` is given, a file for each batch
+    # ---- hidden states: those that block `index` is given, a file for each batch; and, where layers are converted in
+    # order, one more with those of the converted blocks before it
 
-    def hidden(self, index: int, batch: int) -> torch.Tensor:
-        with safe_open(self._hidden(index, batch), framework="pt") as file:
+    def hidden(self, index: int, batch: int, converted: bool = False) -> torch.Tensor:
+        with safe_open(self._hidden(index, batch, converted), framework="pt") as file:
             return file.get_tensor("hidden")
 
-    def write_hidden(self, index: int, batch: int, hidden: torch.Tensor) -> None:
-        file = self._hidden(index, batch)
+    def write_hidden(self, index: int, batch: int, hidden: torch.Tensor, converted: bool = False) -> None:
+        file = self._hidden(index, batch, converted)
         file.parent.mkdir(exist_ok=True)
         write({"hidden": hidden.cpu()}, file, {})
 
@@ -169,8 +170,10 @@ class Run:
             if int(folder.name.removeprefix("hidden-")) < before:
                 shutil.rmtree(folder)
 
-    def _hidden(self, index: int, batch: int) -> Path:
-        return self.work / f"hidden-{index}" / f"{batch}.safetensors"
+    def _hidden(self, index: int, batch: int, converted: bool) -> Path:
+        # before the first block nothing is converted
+        kind = "-converted" if converted and index else ""
+        return self.work / f"hidden-{index}" / f"{batch}{kind}.safetensors"
 
     # ---- tensors among the other arguments of a batch
 

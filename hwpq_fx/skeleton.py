@@ -95,6 +95,19 @@ class Skeleton:
             stored |= dict.fromkeys(same, found)
         return stored
 
+    def prefix(self, index: int) -> str:
+        """What the names of all in block `index` begin with in the model."""
+        return f"{self.name}.{index}."
+
+    def tensors_in(self, index: int) -> list[tuple[str, torch.Tensor]]:
+        """What block `index` is: names in the checkpoint, and what stands for them in the model."""
+        tensors = self.blocks[index].state_dict(keep_vars=True)
+        return [(self.stored[self.prefix(index) + name], tensor) for name, tensor in tensors.items()]
+
+    def read(self, name: str, device: torch.device) -> torch.Tensor:
+        """A tensor of the checkpoint, as the model would have it."""
+        return self.shards.load(name, device, self.model.state_dict(keep_vars=True)[name].dtype)
+
     @contextmanager
     def filled(self, prefix: str, module: nn.Module, recurse: bool = True) -> Iterator[None]:
         """`module`, called `prefix` ("model.layers.0.") in the model, has its weights inside of this."""

@@ -62,6 +62,17 @@ class Call(NamedTuple):
     number: int = -1
     masks: tuple[torch.Tensor, ...] = ()
 
+    @classmethod
+    def of(cls, number: int, *masks: Any) -> "Call":
+        """Rows where a 2-D mask is 0 are padding and do not count; where two masks are of one shape, nothing tells
+        whose rows an input has, and only those count as padding that are it in both."""
+        kept: dict[torch.Size, torch.Tensor] = {}
+        for mask in masks:
+            if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+                keep = mask.detach() != 0
+                kept[mask.shape] = keep | kept[mask.shape].to(keep.device) if mask.shape in kept else keep
+        return cls(number, tuple(keep for keep in kept.values() if not bool(keep.all())))
+
     def rows_to_keep(self, x: torch.Tensor, sequence_first: bool = False) -> torch.Tensor | None:
         """Of an input [..., K]: bool [rows], or None where all of them count. sequence_first: of tokens [B, L] it has
         the rows in the order of [L, B]; or of [B, L] where that is its shape: tokens may have come as [L, B]."""
@@ -88,15 +99,9 @@ class CalibrationRecorder:
         self.call = Call()
 
     def begin_call(self, *masks: Any) -> None:
-        """A new call of the model. Rows where a 2-D mask is 0 are padding and do not count; where two masks are of one
-        shape, nothing tells whose rows an input has, and only those count as padding that are it in both."""
+        """A new call of the model, with masks as `Call.of` has them."""
         self.calls += 1
-        kept: dict[torch.Size, torch.Tensor] = {}
-        for mask in masks:
-            if isinstance(mask, torch.Tensor) and mask.dim() == 2:
-                keep = mask.detach() != 0
-                kept[mask.shape] = keep | kept[mask.shape].to(keep.device) if mask.shape in kept else keep
-        self.call = Call(self.calls - 1, tuple(keep for keep in kept.values() if not bool(keep.all())))
+        self.call = Call.of(self.calls - 1, *masks)
 
     def observe(
         self,

@@ -171,7 +171,7 @@ def test_numbers_that_cannot_be(folder, extra):
 
 REFUSED = [
     ({"step": "prepare"}, (), "quantize_"),
-    ({"sequential": True}, ("--offload",), "sequential is for"),
+    ({"max_loss": 1.0}, ("--offload",), "min_speedup weigh all layers"),
     ({"packing_format": "sparse_2d_data_2d_metadata"}, ("--device", "cpu"), "packing_format"),
 ]
 
