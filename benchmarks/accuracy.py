@@ -51,11 +51,11 @@ def unstructured(model: nn.Module, calib: Batches, sparsity: float) -> nn.Module
 
 
 def planned(model: nn.Module, calib: Batches, plan: hwpq_fx.Plan, share: float) -> nn.Module:
-    """A copy of which so much of the linear layers' multiplications is 2:4, cheapest error for time saved first; the
-    rest stays as it was."""
+    """A copy of which so much of the linear layers' multiplications is 2:4, least loss for time saved first, by the
+    `plan`, which is changed to that; the rest stays as it was."""
     total = sum(layer.shape[0] * layer.shape[1] for layer in plan.layers)
     chosen = 0
-    for layer in sorted(plan.layers, key=lambda layer: layer.errors[SPARSE] / layer.microseconds[DENSE]):
+    for layer in sorted(plan.layers, key=lambda layer: layer.losses[SPARSE] / layer.microseconds[DENSE]):
         size = layer.shape[0] * layer.shape[1]
         layer.status = SPARSE if chosen + size <= share * total else DENSE
         chosen += size if layer.status == SPARSE else 0
@@ -63,9 +63,9 @@ def planned(model: nn.Module, calib: Batches, plan: hwpq_fx.Plan, share: float) 
 
 
 @torch.no_grad()
-def log_probabilities(model: nn.Module, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Of the next token, batch by batch."""
-    for batch in tokens.split(16):
+def log_probabilities(model: nn.Module, tokens: torch.Tensor, size: int = 16) -> Iterator[torch.Tensor]:
+    """Of the next token, batch by batch of this size."""
+    for batch in tokens.split(size):
         yield model(input_ids=batch, use_cache=False).logits[:, :-1].float().log_softmax(-1)
 
 

@@ -18,7 +18,7 @@ import json
 import math
 import os
 import pydoc_data.topics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import click
 import torch
-from accuracy import IN_ORDER, in_order, planned, summary
+from accuracy import IN_ORDER, in_order, log_probabilities, planned, summary
 from methods import METHODS, dense_fp8, inputs_of, linears, pruned, where
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
@@ -37,7 +37,7 @@ RESULTS = Path(__file__).parent / "results"
 LENGTH, BATCH = 512, 4
 CALIBRATION, HELD_OUT = 16, 12  # sequences of each kind of text
 ONE_IN = 4  # topics and files are held out
-PLAN = "plan, 50% of the multiplications 2:4"
+PLANS = {share: f"plan, {share:.0%} of the multiplications 2:4" for share in (0.25, 0.5)}
 
 
 class Text(NamedTuple):
@@ -87,17 +87,10 @@ def drawn(text: dict[str, Text], seed: int) -> list[dict[str, Any]]:
     return [{"input_ids": batch, "use_cache": False} for batch in torch.cat(chosen).split(BATCH)]
 
 
-@torch.no_grad()
-def log_probabilities(model: nn.Module, held_out: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Of the next token, batch by batch."""
-    for batch in held_out.split(BATCH):
-        yield model(input_ids=batch, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-
-
 def measured(model: nn.Module, held_out: torch.Tensor, dense: list[torch.Tensor]) -> dict[str, float]:
     """Perplexity, KL and agreement with the log probabilities of the dense model, in float16."""
     losses, divergences, agreements = [], [], []
-    for batch, p, q in zip(held_out.split(BATCH), dense, log_probabilities(model, held_out), strict=True):
+    for batch, p, q in zip(held_out.split(BATCH), dense, log_probabilities(model, held_out, BATCH), strict=True):
         p = p.float()
         losses.append(-q.gather(2, batch[:, 1:, None]).double().flatten())
         divergences.append((p.exp() * (p - q)).sum(-1).double().flatten())
@@ -107,17 +100,25 @@ def measured(model: nn.Module, held_out: torch.Tensor, dense: list[torch.Tensor]
 
 
 def measure(
-    model: nn.Module, calib: list[dict[str, Any]], look: Callable[[str, nn.Module, float], None], chosen: list[str]
+    model: nn.Module,
+    calib: list[dict[str, Any]],
+    look: Callable[[str, nn.Module, dict[str, float]], None],
+    chosen: list[str],
 ) -> None:
-    """Convert by every method (or those chosen) and look at what it made, and at the seconds it took."""
+    """Convert by every method (or those chosen) and look at what it made, at the seconds it took, or at the KL that a
+    plan foretold."""
     inputs = inputs_of(model, calib)
     for name in chosen or METHODS:
-        look(name, *pruned(model, inputs, METHODS[name]))
+        made, seconds = pruned(model, inputs, METHODS[name])
+        look(name, made, {"seconds": seconds})
     if chosen:
         return
-    look(IN_ORDER, *in_order(model, calib))
+    made, seconds = in_order(model, calib)
+    look(IN_ORDER, made, {"seconds": seconds})
     plan = hwpq_fx.plan(model, calib)
-    look(PLAN, planned(model, calib, plan, 0.5), math.nan)
+    for share, name in PLANS.items():
+        made = planned(model, calib, plan, share)
+        look(name, made, {"KL, foretold": plan.loss})
 
 
 @click.command()
@@ -131,20 +132,20 @@ def main(threads: int, seeds: int, out: Path, chosen: tuple[str, ...]) -> None:
     model, tokenizer = smollm()
     text = tokens(tokenizer)
     held_out = {kind: one.held_out[:: len(one.held_out) // HELD_OUT][:HELD_OUT] for kind, one in text.items()}
-    dense = {kind: [part.half() for part in log_probabilities(model, rows)] for kind, rows in held_out.items()}
+    dense = {kind: [part.half() for part in log_probabilities(model, rows, BATCH)] for kind, rows in held_out.items()}
     rows: dict[str, dict[str, list[float]]] = {}
 
-    def look(name: str, made: nn.Module, seconds: float) -> None:
+    def look(name: str, made: nn.Module, more: dict[str, float]) -> None:
         row = rows.setdefault(name, {})
         for kind, tokens in held_out.items():
             for what, value in measured(made, tokens, dense[kind]).items():
                 row.setdefault(f"{what}, {kind}", []).append(value)
-        if seconds == seconds:
-            row.setdefault("seconds", []).append(seconds)
+        for what, value in more.items():
+            row.setdefault(what, []).append(value)
         click.echo(f"{name}: " + ", ".join(f"{values[-1]:.4g} {what}" for what, values in row.items()))
 
-    look("dense", model, math.nan)
-    look("dense FP8", dense_fp8(model), math.nan)
+    look("dense", model, {})
+    look("dense FP8", dense_fp8(model), {})
     for seed in range(seeds):
         measure(model, drawn(text, seed), look, list(chosen))
     if chosen:

@@ -10,7 +10,8 @@ the model will. (What one call of the model leaves to the next, a cache, is the 
     ||D W^T + r_D - X W'^T - r_X||^2
 
 where r [R, N] is what the graph adds to the product and had before: the residual stream, which is off by now and can be
-put right here as well. For that `reconstruct` wants X^T X and the drift W (D - X)^T X + (r_D - r_X)^T X.
+put right here as well. For that `reconstruct` wants X^T X and the drift W (D - X)^T X + (r_D - r_X)^T X, as much of it
+as is no chance (`hwpq_fx.drift`).
 
 Inputs from the pruned layers before are SparseGPT's (Frantar and Alistarh, arXiv 2301.00774); the dense model's outputs
 as the aim are GPTAQ's (Li et al., arXiv 2504.02692), without the residual.
@@ -32,6 +33,7 @@ from .calibration import tracked
 from .compress import Compressed, compress, compress_fp8, shape_of
 from .config import HWPQConfig
 from .curvature import CurvatureBudget, GramMatrix, add_product
+from .drift import Drift, halves_of
 from .layers import Layer
 from .plan import SPARSE
 from .recording import Run, values_in
@@ -51,6 +53,12 @@ class _Job(NamedTuple):
     def shape(self) -> tuple[int, int]:
         """[N, K]"""
         return shape_of(self.layer.parameter, self.uses)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """[N, K]"""
+        weight = self.layer.parameter.detach()
+        return weight.t() if self.uses[0].transposed else weight
 
 
 class Lane(NamedTuple):
@@ -158,17 +166,17 @@ def held_bytes(runs: list[Run]) -> dict[torch.device, int]:
 
 class _Seen:
     """What a stage's weights need of their inputs. Where there is room for it, `cross` is (D - X)^T X, float32 [K, K],
-    and `pulls` has (r_D - r_X)^T X, float32 [N, K], by the names of the layers that have residuals."""
+    and `drifts` has what else makes up the drifts, by the names of the layers."""
 
-    def __init__(self, x: torch.Tensor, jobs: list[_Job], pulled: list[_Job], limit: int | None):
+    def __init__(self, x: torch.Tensor, jobs: list[_Job], pulled: set[str], limit: int | None):
         channels, device, budget = x.shape[-1], x.device, CurvatureBudget(limit)
         self.statistics = InputStatistics(channels, device, budget.grant(channels, device))
-        second = budget.grant(channels, device) if any(job.status == SPARSE for job in jobs) else None
+        sparse = [job for job in jobs if job.status == SPARSE]
+        second = budget.grant(channels, device) if sparse else None
         self.cross = second.matrix if isinstance(second, GramMatrix) else None
-        pulled = [] if self.cross is None else pulled
-        self.pulls = {
-            job.layer.name: (job, torch.zeros(job.shape, dtype=torch.float32, device=device)) for job in pulled
-        }
+        sparse = [] if self.cross is None else sparse
+        self.drifts = {job.layer.name: (job, Drift(job.weight, job.layer.name in pulled)) for job in sparse}
+        self.runs = 0
 
 
 def _observe(lanes: Lanes, number: int, jobs: list[_Job], config: HWPQConfig) -> _Seen:
@@ -184,27 +192,25 @@ def _observe(lanes: Lanes, number: int, jobs: list[_Job], config: HWPQConfig) ->
 def _add(seen: _Seen | None, lane: Lane, number: int, jobs: list[_Job], config: HWPQConfig) -> _Seen:
     dense, x = (steps.advance(lane.stages[number]) for steps in (lane.dense, lane.converted))
     if seen is None:
-        pulled = [
-            job
+        pulled = {
+            job.layer.name
             for job in jobs
-            if job.status == SPARSE
-            and [(use.start, use.stop) for use in job.uses] == [(0, job.shape[0])]
-            and lane.residuals(number, job)
-        ]
+            if [(use.start, use.stop) for use in job.uses] == [(0, job.shape[0])] and lane.residuals(number, job)
+        }
         seen = _Seen(x, jobs, pulled, config.curvature_bytes)
     keep = lane.call.rows_to_keep(x, lane.stages[number].sequence_first)
     seen.statistics.update(x, keep, lane.call.number)
     if seen.cross is None:
         return seen
     rows = kept_rows(x, keep)
-    add_product(seen.cross, kept_rows(dense, keep) - rows, rows)
-    for name, (job, pull) in list(seen.pulls.items()):
-        nodes = lane.residuals(number, job)
-        if not nodes:  # those of all batches, or none
-            del seen.pulls[name]
-        for node in nodes:
-            theirs, ours = (kept_rows(steps.env[node], keep) for steps in (lane.dense, lane.converted))
-            add_product(pull, (theirs - ours).to(x.dtype), rows)
+    off = kept_rows(dense, keep) - rows
+    add_product(seen.cross, off, rows)
+    halves = halves_of(seen.runs, len(rows))
+    for job, drift in seen.drifts.values():
+        nodes = lane.residuals(number, job) if drift.pull is not None else ()
+        pairs = [[kept_rows(steps.env[node], keep) for steps in (lane.dense, lane.converted)] for node in nodes]
+        drift.add(off, [theirs - ours for theirs, ours in pairs], rows, halves)
+    seen.runs += 1
     return seen
 
 
@@ -214,11 +220,9 @@ def _compress(job: _Job, seen: _Seen, config: HWPQConfig) -> Compressed:
     if job.status != SPARSE:
         return compress_fp8(name, parameter, statistics, config)
     drift = None
-    if seen.cross is not None:
-        dense = parameter.detach().t() if job.uses[0].transposed else parameter.detach()
-        drift = dense.float() @ seen.cross
-        if name in seen.pulls:
-            drift += seen.pulls[name][1]
+    if seen.cross is not None and isinstance(seen.statistics.curvature, GramMatrix):
+        _, one = seen.drifts[name]
+        drift = one.total(seen.cross, seen.statistics.curvature.matrix, config.cg_steps)
     made = compress(name, parameter, statistics, config, drift=drift)
     made.line.compensation = made.line.compensation.replace("cg", "cg, in order", 1)
     return made

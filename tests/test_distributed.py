@@ -152,7 +152,8 @@ ROWS = ("self_attn.o_proj", "mlp.down_proj")
 
 def converted(activation, layout):
     torch.manual_seed(0)
-    return convert(llama(), [tokens()], HWPQConfig(activation=activation, layout=layout))
+    # one by one: in order, rounded activations would go into the masks too
+    return convert(llama(), [tokens()], HWPQConfig(activation=activation, layout=layout, sequential=False))
 
 
 @torch.no_grad()

@@ -71,12 +71,13 @@ def warnings(caplog):
     return [record.getMessage() for record in caplog.records if record.name == "hwpq_fx"]
 
 
-def test_the_output_is_nearer_to_the_dense_one(dense, expected, batches):
+def test_the_output_is_nearer_to_the_dense_one(dense, expected):
     model, *made = (AutoModelForCausalLM.from_pretrained(folder) for folder in (dense, *expected))
+    held_out = [tokens(4) for _ in range(8)]
     ordered, plain = (
-        sum(float((call(one, batch) - call(model, batch)).square().sum()) for batch in batches) ** 0.5 for one in made
+        sum(float((call(one, batch) - call(model, batch)).square().sum()) for batch in held_out) ** 0.5 for one in made
     )
-    assert ordered < 0.7 * plain
+    assert ordered < plain
     assert [compensations(hwpq_fx.report(one)) for one in made] == [{ORDERED}, {PLAIN}]
 
 

@@ -75,15 +75,17 @@ def test_the_file_has_every_method(tiny, tmp_path):
     run(tiny, "--out", out)
     content = json.loads(out.read_text())
     rows = content["methods"]
-    assert {"dense", "dense FP8", *tiny.METHODS, tiny.IN_ORDER, tiny.PLAN} == rows.keys()
+    assert {"dense", "dense FP8", *tiny.METHODS, tiny.IN_ORDER, *tiny.PLANS.values()} == rows.keys()
     assert content["seeds"] == 1 and content["model"]["held-out tokens"] == dict.fromkeys(KINDS, 96)
     for name, row in rows.items():
-        assert {f"{what}, {kind}" for what in ("perplexity", "KL", "same token") for kind in KINDS} == row.keys() - {
-            "seconds"
-        }
+        measured = {f"{what}, {kind}" for what in ("perplexity", "KL", "same token") for kind in KINDS}
+        assert measured == row.keys() - {"seconds", "KL, foretold"}
         assert ("seconds" in row) == (name in (*tiny.METHODS, tiny.IN_ORDER))
+        assert ("KL, foretold" in row) == (name in tiny.PLANS.values())
         assert name == "dense" or row["KL, prose"]["mean"] > rows["dense"]["KL, prose"]["mean"]
-    assert rows[tiny.PLAN]["KL, code"]["mean"] < rows["ours, cg"]["KL, code"]["mean"]
+    assert [rows[name]["KL, code"]["mean"] for name in (*tiny.PLANS.values(), "ours, cg")] == sorted(
+        rows[name]["KL, code"]["mean"] for name in (*tiny.PLANS.values(), "ours, cg")
+    )
 
 
 def test_some_methods_write_nothing(tiny, tmp_path):
@@ -100,8 +102,8 @@ def test_without_the_package_it_says_what_to_install(script, monkeypatch):
 def test_the_committed_file(script):
     content = json.loads((BENCHMARKS / "results" / "smollm.json").read_text())
     rows = content["methods"]
-    assert {"dense", "dense FP8", *script.METHODS, script.IN_ORDER, script.PLAN} == rows.keys()
+    assert {"dense", "dense FP8", *script.METHODS, script.IN_ORDER, *script.PLANS.values()} == rows.keys()
     for kind in KINDS:
         kl = {name: row[f"KL, {kind}"]["mean"] for name, row in rows.items()}
         assert kl[script.IN_ORDER] < kl["ours, cg"] < kl["SparseGPT"] < kl["ours, energy"] < kl["Wanda"]
-        assert kl["dense FP8"] < kl[script.PLAN] < kl["ours, cg"]
+        assert kl["dense FP8"] < kl[script.PLANS[0.25]] < kl[script.PLANS[0.5]] < kl[script.IN_ORDER]
