@@ -61,7 +61,8 @@ class Contender(NamedTuple):
 
 def ours(compensation: str) -> Contender:
     """2:4 and FP8."""
-    config = hwpq_fx.HWPQConfig(compensation=compensation)
+    # one by one: in order, calibration is part of making the weights
+    config = hwpq_fx.HWPQConfig(compensation=compensation, sequential=False)
     return Contender(lambda model: hwpq_fx.prepare(model, config), hwpq_fx.convert)
 
 

@@ -71,8 +71,8 @@ class HWPQConfig(AOBaseConfig):
     batches at one point of the model are in memory, twice. For `hwpq_fx.convert`, by one process, of models that Dynamo
     captures whole; and for `hwpq_fx.compress_checkpoint`, of blocks that it captures whole, with the activations of one
     batch in memory and some five passes of all batches in place of one. None: where that can be done and the
-    activations take no more than half of a GPU's free memory, 4 GiB elsewhere. True: whatever they take, with a warning
-    where it cannot be done. Layers that it is not done for are converted one by one, each on the dense model's inputs,
+    activations take no more than half of the memory that is free. True: whatever they take, with a warning where it
+    cannot be done. Layers that it is not done for are converted one by one, each on the dense model's inputs,
     as with False; the report says why."""
 
     curvature_bytes: int | None = None

@@ -7,17 +7,12 @@ from typing import NamedTuple, Protocol
 import torch
 
 from .gram import MatrixFree
+from .memory import room
 
 # Rows of a sample. MiniLM: 2048 of 7313 rows keep nine tenths of what all of them give, 512 rows three quarters.
 SAMPLE_ROWS = 4096
 HELD_OUT = 8  # of so many sampled rows one tells the error
 CPU_BYTES = 4 * 2**30
-
-
-def room(device: torch.device, taken: int = 0) -> int:
-    """Bytes to use where the user names no bound, `taken` of them already: half of what is free on a GPU, 4 GiB
-    elsewhere."""
-    return (torch.cuda.mem_get_info(device)[0] + taken) // 2 if device.type == "cuda" else CPU_BYTES
 
 
 def add_product(matrix: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
@@ -81,7 +76,8 @@ class Part(Protocol):
 class CurvatureBudget:
     """Hands out the one or the other until `limit` bytes are spent on a device, and then nothing.
 
-    limit: None is the `room` there is when the first is asked for. taken: bytes that others hold already.
+    limit: None is half of what is free on a GPU when the first is asked for, 4 GiB elsewhere. taken: bytes that others
+    hold already.
     """
 
     def __init__(self, limit: int | None, taken: int = 0):
@@ -91,7 +87,8 @@ class CurvatureBudget:
     def grant(self, channels: int, device: torch.device) -> Curvature | None:
         """X^T X where it fits, else a sample of rows, or None where not even a few hundred rows fit."""
         if device not in self._left:
-            self._left[device] = (room(device, self.taken) if self.limit is None else self.limit) - self.taken
+            most = room(device, self.taken) if device.type == "cuda" else CPU_BYTES
+            self._left[device] = (most if self.limit is None else self.limit) - self.taken
         left = self._left[device]
         if (size := 4 * channels * channels) <= left:
             self._left[device] -= size

@@ -11,7 +11,7 @@ from torch import nn
 
 from hwpq_fx.passes import Staged, Use
 
-from .curvature import room
+from .memory import room
 from .statistics import CalibrationRecorder, Call
 
 logger = logging.getLogger("hwpq_fx")
