@@ -5,7 +5,7 @@ are the hidden states that the dense blocks before it have made, and those of th
 it has come to: for each stage every batch runs from the block's start again.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -29,7 +29,12 @@ from .statistics import CalibrationRecorder
 
 
 class NotInOrder(Exception):
-    """Why a block's layers cannot be converted in order."""
+    """Why a block's layers cannot be converted in order. blocked: those that have to stay dense, with the reasons, as
+    far as Dynamo saw their weights used."""
+
+    def __init__(self, reason: str, blocked: Mapping[str, str] | None = None):
+        super().__init__(reason)
+        self.blocked = dict(blocked or {})
 
 
 def compress_block_in_order(block: Block, config: HWPQConfig, timed: Timed) -> Became:
@@ -51,14 +56,13 @@ def _compress_filled(block: Block, layers: list[Layer], config: HWPQConfig, time
     with closing(traced):
         with timed("observe"):
             traced.observe()
-        uses, blocked = traced.recorder.uses, traced.recorder.blocked
-        became: Became = {}
+        blocked, became = traced.blocked(), Became()
         for layer in layers:
-            seen = uses.get(id(layer.parameter), {})
-            became[layer.name] = reason = blocked.get(id(layer.parameter), "")
+            seen = traced.recorder.uses.get(id(layer.parameter), {})
+            reason = blocked.get(layer.name, "")
             if not reason and set(seen) != {layer.static_use}:
                 kind = type(layer.owner).__name__
-                raise NotInOrder(f"what Dynamo sees of {layer.name} is not what a {kind} does with its weight")
+                raise NotInOrder(f"what Dynamo sees of {layer.name} is not what a {kind} does with its weight", blocked)
             became[layer.name] = reason or not_reached(seen)
         wanted = {id(layer.parameter): (layer, SPARSE) for layer in layers if not became[layer.name]}
         weights = traced.rehearsal.runs[0].weights()
@@ -97,12 +101,16 @@ class _Traced(Calibration):
 
     def __init__(self, block: Block, names: dict[int, str]):
         super().__init__(block.module)
-        self.block = block
+        self.block, self._names = block, names
         self.recording = self.rehearsal = _Rehearsal(self.recorder, names)
 
     def close(self) -> None:
         self.remove()
         self.rehearsal.runs.clear()
+
+    def blocked(self) -> dict[str, str]:
+        """The layers that have to stay dense, as far as is known by now, and why."""
+        return {name: self.recorder.blocked[one] for one, name in self._names.items() if one in self.recorder.blocked}
 
     def _before_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Who runs the block has said already which call it is: a mask that the block is given need not be padding."""
@@ -116,9 +124,9 @@ class _Traced(Calibration):
             except BackendCompilerFailed:  # our fault, not the block's
                 raise
             except TorchDynamoException as error:
-                raise NotInOrder(f"Dynamo cannot trace it: {first_line(error)}") from error
+                raise NotInOrder(f"Dynamo cannot trace it: {first_line(error)}", self.blocked()) from error
             if self.rehearsal.ended:
-                raise NotInOrder(self.rehearsal.ended)
+                raise NotInOrder(self.rehearsal.ended, self.blocked())
 
     def captured(self, batch: int, converted: bool) -> Run:
         """What the block's graph is given for a batch."""

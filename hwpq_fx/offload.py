@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -168,7 +169,7 @@ class _Conversion:
         return calls
 
     def _block(self, index: int, calls: list[list[Call]], run: Run, file: Path) -> None:
-        told, became = Report(), None
+        told, became, blocked = Report(), None, Became()
         timed = partial(_timed, told.seconds)
         layers = [layer for layer in self._layers_in(index) if not self._reason(layer)]
         block = Block(self.skeleton, index, layers, [called[index] for called in calls], self.padding, run)
@@ -178,10 +179,12 @@ class _Conversion:
                 became = compress_block_in_order(block, self.config, timed)
             except NotInOrder as error:
                 told.one_by_one = f"{self.skeleton.prefix(index)[:-1]}: {error}"
+                blocked |= error.blocked
                 if self.config.sequential:  # asked for in so many words
                     logger.warning("sequential: %s; its layers are converted one by one instead", told.one_by_one)
         if became is None:
-            became = compress_one_by_one(block, self.config, timed)
+            free = replace(block, layers=[layer for layer in layers if layer.name not in blocked])
+            became = blocked | compress_one_by_one(free, self.config, timed)
         if in_order and not block.last:
             with timed("run in order"):
                 block.pass_on_converted(became)

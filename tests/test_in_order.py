@@ -270,14 +270,23 @@ def test_the_next_block_is_given_what_the_converted_ones_make(change, dense, bat
                 assert not torch.allclose(seen[index, number, not converted], hidden[index], atol=1e-2, rtol=1e-2)
 
 
-def test_a_weight_that_is_used_otherwise_stays(dense, batches, tmp_path, monkeypatch):
-    unfit(monkeypatch, lambda self, hidden: hidden + 0 * self.q_proj.weight.sum())
+def summed(self, hidden):
+    return hidden + 0 * self.q_proj.weight.sum()
+
+
+@pytest.mark.parametrize("change", [summed, lambda self, hidden: summed(self, broken(self, hidden))])
+def test_a_weight_that_is_used_otherwise_stays(change, dense, batches, tmp_path, monkeypatch):
+    """In a block that is converted one by one for another reason as well."""
+    unfit(monkeypatch, change)
     report = compress_checkpoint(dense, tmp_path / "out", batches)
-    whole(dense, tmp_path / "expected", without_cache(batches))
-    assert_same(tmp_path / "out", tmp_path / "expected")
     (line,) = (line for line in report.layers if line.status == "dense" and line.name != "lm_head")
     assert line.name == "model.layers.1.self_attn.q_proj" and "used by sum" in line.reason
-    assert compensations(report) == {ORDERED} and report.one_by_one == ""
+    if change is summed:
+        whole(dense, tmp_path / "expected", without_cache(batches))
+        assert_same(tmp_path / "out", tmp_path / "expected")
+        assert compensations(report) == {ORDERED} and report.one_by_one == ""
+    else:
+        assert compensations(report) == {ORDERED, PLAIN} and "model.layers.1: " in report.one_by_one
 
 
 def test_dynamo_is_off(dense, batches, expected, tmp_path, monkeypatch, caplog):
