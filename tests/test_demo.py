@@ -42,7 +42,7 @@ def test_floor_fails_a_broken_conversion(monkeypatch):
 def test_cg_gets_much_of_it_back(result):
     rescaled = run_demo(HWPQConfig(compensation="energy"), progress=False)
     assert rescaled.passed and result.floor == FLOORS["cg"] > rescaled.agreement_mean
-    assert {line.compensation for line in result.report.layers} == {"cg, X^T X"}
+    assert {line.compensation for line in result.report.layers} == {"cg, in order, X^T X"}
 
 
 def test_command_prints_table_and_json(monkeypatch, result):

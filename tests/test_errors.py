@@ -303,20 +303,22 @@ class TestModel:
         with refused(model, ModelError, "nothing is left to convert .0: ignored; 2: ignored."):
             convert(model, [X], HWPQConfig(ignore=["re:."]))
 
+    @pytest.mark.parametrize("where", ["lockstep", "conversion"])
     @every_kind
-    def test_packing_fails_at_a_later_layer(self, kind, monkeypatch):
+    def test_packing_fails_at_a_later_layer(self, kind, where, monkeypatch):
+        """In order, and one by one."""
         real, seen = hwpq_fx.conversion.compress, []
 
-        def fails(name, *rest):
+        def fails(name, *rest, **named):
             seen.append(name)
             if len(seen) == 2:
                 raise MemoryError("no room")
-            return real(name, *rest)
+            return real(name, *rest, **named)
 
-        monkeypatch.setattr(hwpq_fx.conversion, "compress", fails)
+        monkeypatch.setattr(f"hwpq_fx.{where}.compress", fails)
         model = kind()
         with refused(model, MemoryError, "no room"):
-            convert(model, [X])
+            convert(model, [X], HWPQConfig(sequential=where == "lockstep"))
         assert seen[:2] == ["0", "2"]
 
     def test_interrupted_while_laying_out(self, monkeypatch):

@@ -39,7 +39,7 @@ def test_same_bits_as_convert(name, config):
     for batch in batches:  # no padding: a module does not see the mask
         if isinstance(batch, dict) and "attention_mask" in batch:
             batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
-    convert(model, batches, HWPQConfig(**config))
+    convert(model, batches, HWPQConfig(sequential=False, **config))
     quantize_(other, HWPQConfig(step="prepare", **config), filter_fn=not_the_head)
     with torch.no_grad():
         for batch in batches:

@@ -57,7 +57,7 @@ def test_text_is_held_out_by_name(tiny):
 def test_what_is_measured(script):
     """Against another formula, on a model that is and one that is not the dense one."""
     dense, other, rows = llama(), llama(), torch.randint(VOCABULARY, (6, 16))
-    expected = [part.half() for part in script.log_probabilities(dense, rows)]
+    expected = [part.half() for part in script.log_probabilities(dense, rows, script.BATCH)]
     same = script.measured(dense, rows, expected)
     assert same["KL"] == pytest.approx(0, abs=1e-4) and same["same token"] > 0.9  # half precision has ties
     made = script.measured(other, rows, expected)
@@ -83,9 +83,8 @@ def test_the_file_has_every_method(tiny, tmp_path):
         assert ("seconds" in row) == (name in (*tiny.METHODS, tiny.IN_ORDER))
         assert ("KL, foretold" in row) == (name in tiny.PLANS.values())
         assert name == "dense" or row["KL, prose"]["mean"] > rows["dense"]["KL, prose"]["mean"]
-    assert [rows[name]["KL, code"]["mean"] for name in (*tiny.PLANS.values(), "ours, cg")] == sorted(
-        rows[name]["KL, code"]["mean"] for name in (*tiny.PLANS.values(), "ours, cg")
-    )
+    # of few layers a smaller share may be the dearer ones, but never as dear as all
+    assert all(rows[name]["KL, code"]["mean"] < rows["ours, cg"]["KL, code"]["mean"] for name in tiny.PLANS.values())
 
 
 def test_some_methods_write_nothing(tiny, tmp_path):
