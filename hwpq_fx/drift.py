@@ -34,9 +34,9 @@ class Drift:
         self.pull = torch.zeros_like(weight, dtype=torch.float32) if pulled else None
         """(r_D - r_X)^T X"""
         self._probed = slice(None, None, -(-weight.shape[0] // PROBED))
-        probe = weight[self._probed].float()
-        self._probe = probe
-        self._halves = probe.new_zeros(2, 2, *probe.shape)  # by what it is from, inputs or residuals, and by half
+        self._probe = weight[self._probed].float()
+        # by what it is from, inputs or residuals, and by half
+        self._halves = self._probe.new_zeros(2, 2, *self._probe.shape)
 
     def add(
         self, off: torch.Tensor, residuals: Sequence[torch.Tensor], rows: torch.Tensor, halves: Sequence[Half]
