@@ -7,9 +7,13 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from hwpq_fx.passes import Use
 from hwpq_fx.passes.dynamo import mark_varying
+from hwpq_fx.passes.observe import USED, VIEWS
 
 from .compress import Compressed, Statistics, check_weight, compress, not_reached
 from .config import HWPQConfig
@@ -86,8 +90,8 @@ def compress_one_by_one(block: Block, config: HWPQConfig, timed: Timed) -> Becam
         for layer in block.layers:
             statistics: Statistics = {cast(Use, layer.static_use): []}
             if seen is not None:
-                statistics = seen.pop(id(layer.parameter), {})
-                if reason := not_reached(statistics):
+                statistics = seen.uses.pop(id(layer.parameter), {})
+                if reason := seen.blocked.get(id(layer.parameter)) or not_reached(statistics):
                     became[layer.name] = reason
                     continue
             weight = block.skeleton.read(stored[id(layer.parameter)], block.skeleton.device)
@@ -96,14 +100,59 @@ def compress_one_by_one(block: Block, config: HWPQConfig, timed: Timed) -> Becam
     return became
 
 
-def _observe(block: Block, config: HWPQConfig) -> dict[int, Statistics]:
-    """What the layers of the dense block see in all batches, by id of the parameter."""
+def _observe(block: Block, config: HWPQConfig) -> CalibrationRecorder:
+    """What the layers of the dense block see in all batches, and whose weights are used otherwise, by id of the
+    parameter."""
     recorder = CalibrationRecorder(config.gathered_bytes)
-    with block.filled(), _observed(block.layers, recorder):
+    with block.filled(), _observed(block.layers, recorder), _Uses(block.layers, recorder):
         for batch, told in enumerate(block.told):
             recorder.call = told
             block.pass_on(batch)
-    return recorder.uses
+    return recorder
+
+
+class _Uses(TorchFunctionMode):
+    """Blocks layers of whose weights something besides their own calls makes what a packed weight would not."""
+
+    def __init__(self, layers: list[Layer], recorder: CalibrationRecorder):
+        super().__init__()
+        self._layers = {id(getattr(layer.owner, layer.attribute)): layer for layer in layers}
+        self._recorder = recorder
+        self._called: list[nn.Module] = []
+        self._hooks: list[RemovableHandle] = []
+
+    def __enter__(self) -> "_Uses":
+        self._hooks += [
+            hook
+            for layer in self._layers.values()
+            for hook in (
+                layer.owner.register_forward_pre_hook(self._begin),
+                layer.owner.register_forward_hook(self._end),
+            )
+        ]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        super().__exit__(*error)
+
+    def _begin(self, owner: nn.Module, _: Any) -> None:
+        self._called.append(owner)
+
+    def _end(self, *_: Any) -> None:
+        self._called.pop()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        # a property's getter is told from others by what it is of
+        name = getattr(func.__self__ if func.__name__ == "__get__" else func, "__name__", "")
+        if name not in VIEWS | {"linear"} and any(isinstance(one, torch.Tensor) for one in tree_leaves(made)):
+            for one in tree_leaves((args, kwargs)):
+                layer = self._layers.get(id(one))
+                if layer is not None and layer.owner not in self._called:
+                    self._recorder.block(layer.parameter, f"{USED}{name}, which is not the layer's own call")
+        return made
 
 
 @contextmanager

@@ -289,6 +289,24 @@ def test_a_weight_that_is_used_otherwise_stays(change, dense, batches, tmp_path,
         assert compensations(report) == {ORDERED, PLAIN} and "model.layers.1: " in report.one_by_one
 
 
+def turned(self, hidden):
+    """What a packed weight answers to, and what asks for no tensor."""
+    return hidden.to(self.q_proj.weight.dtype) + 0 * F.linear(hidden, self.q_proj.weight.contiguous())[..., :1]
+
+
+@pytest.mark.parametrize("change", [summed, turned])
+def test_one_by_one_too(change, dense, batches, tmp_path, monkeypatch):
+    unfit(monkeypatch, change)
+    report = compress_checkpoint(dense, tmp_path / "out", batches, ONE_BY_ONE)
+    reasons = {line.name: line.reason for line in report.layers if line.status == "dense" and line.name != "lm_head"}
+    if change is summed:
+        assert list(reasons) == ["model.layers.1.self_attn.q_proj"] and "also used by sum" in str(reasons)
+    else:
+        assert not reasons
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert call(model, batches[0]).isfinite().all()
+
+
 def test_dynamo_is_off(dense, batches, expected, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     report = compress_checkpoint(dense, tmp_path / "out", batches)
