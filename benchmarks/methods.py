@@ -92,7 +92,7 @@ METHODS: dict[str, Method] = {
     "SparseGPT": lambda weight, inputs: Pruned(*sparsegpt24(weight, inputs.gram)),
     "ALPS": lambda weight, inputs: Pruned(*alps24(weight, inputs.gram)),
     "ours, energy": energy,
-    "ours, cg without choosing again": cg(0, 20),
+    "ours, cg without choosing again": cg(0, 10),
     "ours, cg": cg(OURS.cg_rounds, OURS.cg_steps),
 }
 

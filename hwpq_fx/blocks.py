@@ -147,6 +147,7 @@ class _Uses(TorchFunctionMode):
         made = func(*args, **(kwargs or {}))
         # a property's getter is told from others by what it is of
         name = getattr(func.__self__ if func.__name__ == "__get__" else func, "__name__", "")
+        name = name.removeprefix("__").removesuffix("__")
         if name not in VIEWS | {"linear"} and any(isinstance(one, torch.Tensor) for one in tree_leaves(made)):
             for one in tree_leaves((args, kwargs)):
                 layer = self._layers.get(id(one))

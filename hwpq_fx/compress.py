@@ -21,7 +21,8 @@ from .errors import CalibrationError, ConfigError, ModelError
 from .float8 import dense_float8, mm_compatible
 from .gram import MatrixFree, Rounded
 from .layers import STACKED, Layer, stacked_of
-from .reconstruction import reconstruct, reconstruction_loss, refine
+from .preconditioner import Preconditioner
+from .reconstruction import lead, reconstruct, reconstruction_loss, refine
 from .report import LayerReport
 from .selection import Selection, select_ratio
 from .statistics import InputStatistics
@@ -134,10 +135,10 @@ def compress(
         mask, share = _select(part, span.sum_sq, config)
         settled += share * (span.stop - span.start) / weight.shape[0]
         kept_weights += int(mask.count_nonzero())  # a sum would be made in int64
-        product = rounded(span.curvature.fit) if span.curvature else None
+        solver = _Solver.of(span.curvature.fit) if span.curvature else None
         aims = repeat(None) if drift is None else _parts(drift[span.start : span.stop])
         for rows, kept, aim in zip(_parts(part), _parts(mask), aims, strict=False):
-            new = _packed(*_compensate(rows, kept, span, config, aim, product), config)
+            new = _packed(*_compensate(rows, kept, span, config, aim, solver), config)
             errors.append(_squared_errors(rows, new, span))
             made.append(new)
 
@@ -303,29 +304,42 @@ def _compensation_of(span: Span, config: HWPQConfig) -> str:
     return "energy" if config.compensation == "cg" else config.compensation
 
 
+class _Solver(NamedTuple):
+    """What conjugate gradients need of a span's inputs, made once for all parts of its weight."""
+
+    gram: torch.Tensor | MatrixFree
+    damping: float
+    fast: Rounded | None
+    led_by: Preconditioner
+
+    @classmethod
+    def of(cls, gram: torch.Tensor | MatrixFree) -> "_Solver":
+        # a sample says less than all rows do: hold on to the original weight more
+        damping, diagonal = (0.1, gram.diagonal) if isinstance(gram, MatrixFree) else (0.01, None)
+        return cls(gram, damping, rounded(gram), lead(gram, damping, diagonal))
+
+
 def _compensate(
     weight: torch.Tensor,
     mask: torch.Tensor,
     span: Span,
     config: HWPQConfig,
     drift: torch.Tensor | None,
-    product: Rounded | None,
+    solver: _Solver | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The weight to store, the mask it ends with, and a factor per row."""
-    if span.curvature is None:
+    if solver is None:
         new, factor = compensate(weight, mask, span.sum_sq, _compensation_of(span, config), span.sums, span.rows)
         return _within(new, weight.dtype), mask, factor
-    gram = span.curvature.fit
-    # a sample says less than all rows do: hold on to the original weight more
-    damping = 0.1 if isinstance(gram, MatrixFree) else 0.01
+    gram, damping, fast, led_by = solver
     dense = weight.float()
     if config.sparsity == "2:4":
         blocks = gram.blocks if isinstance(gram, MatrixFree) else None
-        new, mask = refine(dense, mask, gram, config.cg_rounds, config.cg_steps, damping, blocks, drift, product)
+        new, mask = refine(dense, mask, gram, config.cg_rounds, config.cg_steps, damping, blocks, drift, fast, led_by)
     else:
         diagonal = gram.diagonal if isinstance(gram, MatrixFree) else None
         steps = config.cg_steps * (config.cg_rounds + 1)
-        new = reconstruct(dense, mask, gram, steps, damping, diagonal, drift, product)
+        new = reconstruct(dense, mask, gram, steps, damping, diagonal, drift, fast, led_by)
     return _within(new, weight.dtype), mask, torch.ones(weight.shape[0], dtype=torch.float32, device=weight.device)
 
 

@@ -59,7 +59,7 @@ class HWPQConfig(AOBaseConfig):
     and chooses the masks again in between; "energy" keeps mean and variance of each output, from sums and sums of
     squares alone; "none" nothing. Without calibration "cg" is "energy"."""
 
-    cg_steps: int = 10
+    cg_steps: int = 5
     """Steps of "cg" once the masks are final; half as many before they are chosen again."""
 
     cg_rounds: int = 1

@@ -17,7 +17,8 @@ import torch
 from .curvature import add_product
 from .reconstruction import reconstruct
 
-PROBED = 64  # rows of W that tell for all of them
+# rows of W that tell for all of them, or as many weights
+PROBED, WEIGHTS = 32, 2**14
 Half = tuple[int, slice]
 
 
@@ -33,7 +34,8 @@ class Drift:
         self.weight = weight
         self.pull = torch.zeros_like(weight, dtype=torch.float32) if pulled else None
         """(r_D - r_X)^T X"""
-        self._probed = slice(None, None, -(-weight.shape[0] // PROBED))
+        rows, channels = weight.shape
+        self._probed = slice(None, None, -(-rows // max(PROBED, WEIGHTS // channels)))
         self._probe = weight[self._probed].float()
         # by what it is from, inputs or residuals, and by half
         self._halves = self._probe.new_zeros(2, 2, *self._probe.shape)
@@ -67,10 +69,10 @@ class Drift:
         if not bool(gram.diagonal().isfinite().all()):  # `compress` will name the batch
             return 0.0
         halves = self._halves[0] if self.pull is None else self._halves.sum(0)
-        nothing = torch.zeros_like(self._probe)
+        both = halves.flatten(0, 1)
         # masks are still to come: half of the channels, as many as will be fitted
-        kept = (torch.arange(nothing.shape[1], device=nothing.device) % 2 == 0).expand_as(nothing)
-        one, other = (reconstruct(nothing, kept, gram, steps, drift=half) for half in halves)
+        kept = (torch.arange(both.shape[1], device=both.device) % 2 == 0).expand_as(both)
+        one, other = reconstruct(torch.zeros_like(both), kept, gram, steps, drift=both).view_as(halves)
         own = _dot(one, halves[0]) * _dot(other, halves[1])
         if own <= 0:  # there is none in one of them
             return 0.0

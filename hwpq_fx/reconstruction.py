@@ -16,11 +16,13 @@ from torch import Tensor
 from hwpq_fx.kernels.saliency import unit_scaled
 
 from .gram import SINGULAR, Gram, MatrixFree, Product, Rounded, size_of
+from .preconditioner import QUIET, Preconditioner
 
-__all__ = ["rechoose", "reconstruct", "reconstruction_loss", "refine"]
+__all__ = ["lead", "rechoose", "reconstruct", "reconstruction_loss", "refine"]
 
 EPS = torch.finfo(torch.float32).eps
-# Of the squared slope: about what float32 products can resolve. What follows is rounding, and may lead anywhere.
+# Of the squared slope: about what float32 products can resolve. What follows is rounding, and may lead anywhere; what
+# is quiet of it counts 1 / QUIET times.
 CONVERGED = 2.0**-40
 PAIRS = tuple(combinations(range(4), 2))
 
@@ -29,31 +31,33 @@ def reconstruct(
     weight: Tensor,
     mask: Tensor,
     gram: Gram,
-    steps: int = 20,
+    steps: int = 10,
     damping: float = 1e-2,
     diagonal: Tensor | None = None,
     drift: Tensor | None = None,
     fast: Rounded | None = None,
+    led_by: Preconditioner | None = None,
 ) -> Tensor:
     """The kept weights that best make up for the pruned ones: float32 [N, K], zero where pruned.
 
     Minimises (w' - w) (G + damping * mean(diag G) * I) (w' - w)^T over the kept weights of every row: conjugate
-    gradients with the diagonal as preconditioner (Saad, Iterative Methods for Sparse Linear Systems, algorithm 9.1)
-    from the masked weight, at most `steps` of them, steps + 2 products with G in all. The undamped loss of a row,
-    as `reconstruction_loss` gives it, is never above that of its masked weight. The rows do not know of each other:
-    a weight may come in parts. Kept weights of dead channels (zero diagonal) stay as they are, and so do all-zero
-    rows; a row times a power of two gives the same bits times it, G times one the same bits.
+    gradients with a preconditioner (Saad, Iterative Methods for Sparse Linear Systems, algorithm 9.1) from the masked
+    weight, at most `steps` of them, steps + 2 products with G in all, and what `Preconditioner` takes. The undamped
+    loss of a row, as `reconstruction_loss` gives it, is never above that of its masked weight. The rows do not know of
+    each other: a weight may come in parts. Kept weights of dead channels (zero diagonal) stay as they are, and so do
+    all-zero rows; a row times a power of two gives the same bits times it, G times one the same bits.
 
     weight: [N, K], any float dtype; computed in float32. mask: bool [N, K], True = kept, in any pattern. gram: X^T X
     [K, K], or a function V -> V X^T X; with a function, diagonal float32 [K] is that of X^T X. drift: W (D - X)^T X
     float32 [N, K], where the outputs to aim at are those of other inputs D than X, say of the layers before as they
     were: then ||D W^T - X W'^T||^2 is what is minimised and what does not rise. fast: multiplies instead
-    of gram, but for the first product and the last, which judge.
+    of gram, but for the first product and the last, which judge. led_by: the preconditioner for this gram and damping
+    (`lead`), where several parts of a weight are to share it.
 
     Raises ValueError: shapes or dtypes that do not fit, a function without its diagonal, weights or a diagonal that
     are not finite, a negative diagonal or damping.
     """
-    problem = _problem(weight, mask, gram, damping, diagonal, drift, fast)
+    problem = _problem(weight, mask, gram, damping, diagonal, drift, fast, led_by)
     begin = _measured(problem, problem.unit * mask)
     loss, new = begin.loss, _solve(problem, begin, mask, steps).new
     return (torch.where(_no_worse(problem, new, loss), new, problem.unit * mask) * problem.back).float()
@@ -64,22 +68,23 @@ def refine(
     mask: Tensor,
     gram: Gram,
     rounds: int = 1,
-    steps: int = 10,
+    steps: int = 5,
     damping: float = 1e-2,
     blocks: Tensor | None = None,
     drift: Tensor | None = None,
     fast: Rounded | None = None,
+    led_by: Preconditioner | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`reconstruct` with half the steps, and as often as `rounds` says `rechoose` and more steps from there; the last
     time all of them. The new weight float32 [N, K] and its mask, bool [N, K].
 
     A row takes a new mask where that lowers its loss, and none ends above its weight masked by `mask`. With h the
-    half of the steps, rounded up, rounds * (h + 1) + steps + 2 products with G in all, two of them not `fast`. The
-    arguments and errors are those of `reconstruct` and `rechoose`; mask keeps two of every four, and with a function
-    blocks are needed.
+    half of the steps, rounded up, rounds * (h + 1) + steps + 2 products with G in all, two of them not `fast`, and what
+    `Preconditioner` takes. The arguments and errors are those of `reconstruct` and `rechoose`; mask keeps two of every
+    four, and with a function blocks are needed.
     """
     blocks = _blocks(gram, blocks, weight.shape[-1])
-    problem = _problem(weight, mask, gram, damping, _block_diagonal(blocks), drift, fast)
+    problem = _problem(weight, mask, gram, damping, _block_diagonal(blocks), drift, fast, led_by)
     blocks = blocks / problem.size
     begin = _measured(problem, problem.unit * mask)
     loss, half = begin.loss, -(-steps // 2)
@@ -93,6 +98,14 @@ def refine(
     better = _no_worse(problem, fit.new, loss)
     new, mask = torch.where(better, fit.new, problem.unit * mask), torch.where(better, kept, mask)
     return (new * problem.back).float(), mask
+
+
+def lead(gram: Gram, damping: float = 1e-2, diagonal: Tensor | None = None) -> Preconditioner:
+    """The preconditioner that `reconstruct` and `refine` make for these arguments, of theirs."""
+    channels = len(gram) if isinstance(gram, Tensor) else 0 if diagonal is None else len(diagonal)
+    diagonal = _diagonal(gram, diagonal, channels)
+    size = size_of(diagonal)
+    return _preconditioner(_unit_product(gram, size), diagonal / size, damping)
 
 
 def reconstruction_loss(weight: Tensor, new: Tensor, gram: Gram) -> Tensor:
@@ -141,13 +154,13 @@ def rechoose(
 
 
 class _Problem(NamedTuple):
-    """At unit scale: unit [N, K] the weight, the product with G, exact and fast, and G's diagonal; back [N, 1] and size
-    undo it."""
+    """At unit scale: unit [N, K] the weight, the product with G, exact and fast, and what to add to its diagonal; back
+    [N, 1] and size undo it."""
 
     unit: Tensor
     product: Product
     fast: Product
-    diagonal: Tensor
+    led_by: Preconditioner
     shift: float
     drift: Tensor
     back: Tensor
@@ -174,6 +187,7 @@ def _problem(
     diagonal: Tensor | None,
     drift: Tensor | None,
     fast: Rounded | None,
+    led_by: Preconditioner | None,
 ) -> _Problem:
     _check(weight, mask)
     if mask.dtype != torch.bool:
@@ -188,8 +202,16 @@ def _problem(
     if drift is not None:
         _check(weight, drift)
     drift = _unit_drift(drift, back, size)
-    shift = damping * float(diagonal.mean())
-    return _Problem(unit, product, fast or product, diagonal, shift, drift, back, size)
+    led_by = led_by or _preconditioner(product, diagonal, damping)
+    return _Problem(unit, product, fast or product, led_by, _shift(diagonal, damping), drift, back, size)
+
+
+def _preconditioner(product: Product, diagonal: Tensor, damping: float) -> Preconditioner:
+    return Preconditioner(product, diagonal, _shift(diagonal, damping))
+
+
+def _shift(diagonal: Tensor, damping: float) -> float:
+    return damping * float(diagonal.mean())
 
 
 def _measured(problem: _Problem, new: Tensor) -> _Fit:
@@ -221,26 +243,27 @@ def _solve(problem: _Problem, start: _Fit, kept: Tensor, steps: int) -> _Fit:
     The slope follows from the products that are made anyway, so it can be read where nothing is kept as well.
     """
     new, slope = start.new, start.slope.add_(start.new - problem.unit, alpha=problem.shift)
-    scale = problem.diagonal + problem.shift
-    inverse = torch.where(scale > 0, -1 / scale, 0) * kept
-    direction = slope * inverse
+    downhill = problem.led_by.among(kept)
+    direction = downhill(slope)
     size = -_dot(slope, direction)
-    enough, span, going = size * CONVERGED, size, torch.ones_like(size, dtype=torch.bool)
+    scale = problem.led_by.scale
+    by_diagonal = _dot(slope.square(), torch.where(scale > 0, 1 / scale, 0) * kept)
+    enough, span, going = by_diagonal * (CONVERGED / QUIET), size, torch.ones_like(size, dtype=torch.bool)
     for _ in range(steps):
         curved = problem.fast(direction).add_(direction, alpha=problem.shift)
         curvature = _dot(direction, curved)
-        # Next to the diagonal's share a curvature this small is rounding, and the step would be enormous.
-        going &= (size > enough) & (curvature > EPS * span)
+        # Next to the preconditioner's share a curvature this small is rounding, and the step would be enormous.
+        going &= (size > enough) & (curvature > EPS / QUIET * span)
         if not bool(going.any()):
             break
         step = torch.where(going, size / curvature, 0)
         new.addcmul_(direction, step)
         slope.addcmul_(curved, step)
-        downhill = slope * inverse
-        old, size = size, -_dot(slope, downhill)
+        new_direction = downhill(slope)
+        old, size = size, -_dot(slope, new_direction)
         turn = torch.where(going, size / old, 0)
-        direction.mul_(turn).add_(downhill)
-        # direction . scale . direction: what is downhill now is orthogonal to the directions before
+        direction.mul_(turn).add_(new_direction)
+        # direction . P . direction: what is downhill now is orthogonal to the directions before
         span = size + turn.square() * span
     error = new - problem.unit
     slope.sub_(error, alpha=problem.shift)
@@ -277,13 +300,18 @@ def _planes(x: Tensor) -> Tensor:
 
 def _unit_product(gram: Gram, size: float) -> Product:
     """The product with G / size."""
-    # half of the scale on the way in: large inputs' G is out of range before the other half is off
-    before = 2.0 ** -(math.frexp(size)[1] // 2)
+    # large inputs' G is out of range before all of the scale is off: half of it then goes on the way in
+    before = 1.0 if abs(math.frexp(size)[1]) < 64 else 2.0 ** -(math.frexp(size)[1] // 2)
     after = 1 / (before * size)
+
+    def of(rows: Tensor) -> Tensor:
+        return rows if before == 1 else rows * before
+
     if isinstance(gram, Tensor):
         matrix = gram.detach().float()
-        return lambda rows: ((rows * before) @ matrix).mul_(after)
-    return lambda rows: gram(rows * before) * after
+        nothing = matrix.new_zeros(())
+        return lambda rows: torch.addmm(nothing, of(rows), matrix, beta=0, alpha=after)
+    return lambda rows: gram(of(rows)) * after
 
 
 def _unit_rows(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -244,8 +244,9 @@ def _forget_shapes(code: CodeType) -> None:
 def mark_varying(tensor: torch.Tensor) -> torch.Tensor:
     """An alias of a batch's tensor whose batch and sequence sizes Dynamo takes as varying from the start."""
     alias = tensor.detach()
+    mask = alias.dim() == 4 and alias.dtype == torch.bool  # which tokens attend to which, [B, 1, L, L]
     # not channels, nor the height and width of images: symbolic, they have made tracing sixty times slower
-    leading = 1 if alias.dim() > 3 else 2
+    leading = 4 if mask else 1 if alias.dim() > 3 else 2
     for dim in range(alias.dim() - alias.is_floating_point())[:leading]:
         torch._dynamo.maybe_mark_dynamic(alias, dim)
     return alias

@@ -46,7 +46,7 @@ def test_defaults():
         "dev_rate": 1 / 4,
         "lam": -0.5,
         "compensation": "cg",
-        "cg_steps": 10,
+        "cg_steps": 5,
         "cg_rounds": 1,
         "sequential": None,
         "curvature_bytes": None,

@@ -16,6 +16,8 @@ from hwpq_fx.kernels.roofline import GEMV
 from hwpq_fx.kernels.survey import kernel_modules, survey
 
 needs_triton = pytest.mark.skipif(sys.platform != "linux", reason="Triton's wheels are for Linux")
+# all kernels for all GPUs: ten minutes where two slow cores have other work as well
+pytestmark = pytest.mark.timeout(1800)
 
 
 @pytest.fixture

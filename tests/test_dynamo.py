@@ -395,6 +395,7 @@ VARYING = {
     "one sentence": (torch.ones(1, 8, dtype=torch.long), [False, True]),
     "rows": (torch.randn(4, K), [True, False]),
     "hidden states": (torch.randn(4, 8, K), [True, True, False]),
+    "which token attends to which": (torch.ones(2, 1, 8, 8, dtype=torch.bool), [True, False, True, True]),
     "images": (torch.randn(4, 3, 8, 8), [True, False, False, False]),
     "a number": (torch.tensor(1.0), []),
     "nothing": (torch.randn(0, K), [False, False]),

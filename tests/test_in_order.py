@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 import hwpq_fx
 from hwpq_fx import CalibrationError, HWPQConfig, ModelError, compress_checkpoint
 from hwpq_fx.blocks import Block
+from hwpq_fx.in_order import _Traced
 from hwpq_fx.lockstep import Lane
 from hwpq_fx.resume import Run
 from models import GROUPED, call, tokens
@@ -37,7 +38,7 @@ def dense(tmp_path_factory):
 @pytest.fixture(scope="module")
 def batches():
     torch.manual_seed(2)
-    return [tokens(2, 12), tokens(3, 10), tokens(1, 5), tokens(4, 12)]
+    return [tokens(4, 12), tokens(6, 10), tokens(8, 12)]  # one graph for all
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,7 @@ def test_bits_are_those_of_convert_with_padding_and_several_shapes(name, dense, 
     if name != "llama":
         dense = tmp_path / "dense"
         built(name, dense)
+    batches = [*batches, tokens(1, 5)]  # another graph
     report = compress_checkpoint(dense, tmp_path / "out", batches)
     model = whole(dense, tmp_path / "expected", without_cache(batches))
     assert_same(tmp_path / "out", tmp_path / "expected")
@@ -126,6 +128,15 @@ def test_padding_does_not_count(dense, expected, batches, tmp_path):
     with_it = [{"input_ids": batch["input_ids"]} for batch in batches]
     compress_checkpoint(dense, tmp_path / "with", with_it)
     assert not same_block(tmp_path / "with", expected[0], 0)
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_one_graph_for_all_lengths(padded, dense, tmp_path, monkeypatch):
+    lengths, graphs, real = [(2, 12), (3, 10), (4, 7)], [], _Traced._backend
+    batches = [tokens(*size) if padded else {"input_ids": tokens(*size)["input_ids"]} for size in lengths]
+    monkeypatch.setattr(_Traced, "_backend", lambda self, *args: graphs.append(self) or real(self, *args))
+    compress_checkpoint(dense, tmp_path / "out", batches)
+    assert len(graphs) == len({id(one) for one in graphs}) == 3
 
 
 def test_nothing_but_padding(dense, batches, tmp_path):
