@@ -39,7 +39,7 @@ class Compressed(NamedTuple):
 
 
 # A weight is worked on in parts of its rows, a sixteenth each or so many weights: what conjugate gradients take besides
-# is up to fifteen times as much as a part in float32.
+# is up to sixteen times as much as a part in float32.
 PARTS, LEAST_PART = 16, 2**22
 
 

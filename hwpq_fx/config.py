@@ -60,7 +60,7 @@ class HWPQConfig(AOBaseConfig):
     squares alone; "none" nothing. Without calibration "cg" is "energy"."""
 
     cg_steps: int = 5
-    """Steps of "cg" once the masks are final; half as many before they are chosen again."""
+    """Steps of "cg" once the masks are final; half as many, rounded up, before they are chosen again."""
 
     cg_rounds: int = 1
     """How often "cg" chooses the masks again."""

@@ -1,7 +1,7 @@
 """What leads conjugate gradients: the loudest directions of X^T X whole, and of the others the diagonal.
 
-Inputs of a language model have few loud directions, and with the diagonal alone each costs about a step: on SmolLM2, 6
-steps led by 16 of them end where 10 to 15 do without. They are found by a Nyström approximation (Frangella, Tropp and
+Inputs of a language model have few loud directions, and with the diagonal alone each costs about a step: on SmolLM2, 5
+steps led by 16 of them end where 10 do without. They are found by a Nyström approximation (Frangella, Tropp and
 Udell, "Randomized Nyström preconditioning", arXiv 2110.02820, algorithm 2.1), started from two power iterations; each
 row of a weight has other kept channels, whose part of it is inverted by the formula of Woodbury.
 """

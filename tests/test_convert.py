@@ -515,7 +515,7 @@ def test_a_model_that_ran_compiled_can_be_moved(backend):
     batch = tokens()
     # of a second model of its class, torch leaves more to the garbage collector
     for _ in range(2):
-        model = llama()
+        model = shallow(llama())
         if backend == "hwpq":
             model = torch.compile(convert(model, [batch]), backend=backend)
         else:

@@ -162,7 +162,7 @@ def test_layer_after_layer_by_hand(activation, shapes):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "gpt_neox", "encoder"])
 def test_the_output_is_nearer_to_the_dense_one(name):
     make, batch, layers = MODELS[name]
-    dense, batches, held_out = make(), [batch(4, 24) for _ in range(24)], [batch(4, 24) for _ in range(8)]
+    dense, batches, held_out = make(), [batch(24, 24) for _ in range(4)], [batch(16, 24) for _ in range(2)]
     made = [convert(copy.deepcopy(dense), batches, HWPQConfig(sequential=sequential)) for sequential in (False, True)]
     assert len(report(made[1]).converted) == layers and compensations(made[1]) == {ORDERED}
     plain, ordered = (output_error(one, dense, held_out) for one in made)
@@ -179,8 +179,8 @@ def test_what_comes_before_any_converted_layer_is_as_without():
 
 
 def test_graphs_of_several_shapes_of_a_language_model(caplog):
-    dense, batches = llama(), [tokens(*shape) for shape in 12 * [(2, 12), (3, 9), (1, 5), (4, 12)]]
-    held_out = [tokens(4, 12) for _ in range(8)]
+    dense, batches = llama(), [tokens(*shape) for shape in 3 * [(8, 12), (12, 9), (1, 5), (16, 12)]]
+    held_out = [tokens(16, 12) for _ in range(2)]
     made = convert(copy.deepcopy(dense), batches, IN_ORDER)
     assert compensations(made) == {ORDERED} and not warnings(caplog)
     rows = sum(int(batch["attention_mask"].sum()) for batch in batches)
@@ -321,7 +321,7 @@ def test_nothing_is_kept_once_it_cannot_be():
 
 
 def test_layers_that_stay(caplog):
-    model, batches, held_out = llama(), [tokens(6) for _ in range(24)], [tokens(4) for _ in range(8)]
+    model, batches, held_out = llama(), [tokens(36) for _ in range(4)], [tokens(16) for _ in range(2)]
     config = HWPQConfig(sequential=True, ignore=["re:.*layers.0.self_attn", "up_proj", "lm_head"])
     kept = {name: value.clone() for name, value in model.named_parameters()}
     dense = copy.deepcopy(model)
