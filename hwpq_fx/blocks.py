@@ -25,6 +25,7 @@ from .skeleton import Call, Skeleton, hidden_of, run_block
 from .statistics import CalibrationRecorder
 from .statistics import Call as Told
 
+ANSWERED = VIEWS | {"linear"}  # by a packed weight as by a dense one
 Became = dict[str, Compressed | str]
 """By the names of layers: what each became, or why it stays dense."""
 
@@ -148,7 +149,7 @@ class _Uses(TorchFunctionMode):
         # a property's getter is told from others by what it is of
         name = getattr(func.__self__ if func.__name__ == "__get__" else func, "__name__", "")
         name = name.removeprefix("__").removesuffix("__")
-        if name not in VIEWS | {"linear"} and any(isinstance(one, torch.Tensor) for one in tree_leaves(made)):
+        if name not in ANSWERED and any(isinstance(one, torch.Tensor) for one in tree_leaves(made)):
             for one in tree_leaves((args, kwargs)):
                 layer = self._layers.get(id(one))
                 if layer is not None and layer.owner not in self._called:

@@ -135,7 +135,7 @@ def compress(
         mask, share = _select(part, span.sum_sq, config)
         settled += share * (span.stop - span.start) / weight.shape[0]
         kept_weights += int(mask.count_nonzero())  # a sum would be made in int64
-        solver = _Solver.of(span.curvature.fit) if span.curvature else None
+        solver = _Solver.of(span.curvature.fit, config) if span.curvature else None
         aims = repeat(None) if drift is None else _parts(drift[span.start : span.stop])
         for rows, kept, aim in zip(_parts(part), _parts(mask), aims, strict=False):
             new = _packed(*_compensate(rows, kept, span, config, aim, solver), config)
@@ -305,18 +305,24 @@ def _compensation_of(span: Span, config: HWPQConfig) -> str:
 
 
 class _Solver(NamedTuple):
-    """What conjugate gradients need of a span's inputs, made once for all parts of its weight."""
+    """What conjugate gradients need of a span's inputs, made once for all parts of its weight. diagonal, blocks: of a
+    sample, the latter for 2:4."""
 
     gram: torch.Tensor | MatrixFree
     damping: float
+    diagonal: torch.Tensor | None
+    blocks: torch.Tensor | None
     fast: Rounded | None
     led_by: Preconditioner
 
     @classmethod
-    def of(cls, gram: torch.Tensor | MatrixFree) -> "_Solver":
-        # a sample says less than all rows do: hold on to the original weight more
-        damping, diagonal = (0.1, gram.diagonal) if isinstance(gram, MatrixFree) else (0.01, None)
-        return cls(gram, damping, rounded(gram), lead(gram, damping, diagonal))
+    def of(cls, gram: torch.Tensor | MatrixFree, config: HWPQConfig) -> "_Solver":
+        damping, diagonal, blocks = 0.01, None, None
+        if isinstance(gram, MatrixFree):
+            # a sample says less than all rows do: hold on to the original weight more
+            damping, diagonal = 0.1, gram.diagonal
+            blocks = gram.blocks if config.sparsity == "2:4" else None
+        return cls(gram, damping, diagonal, blocks, rounded(gram), lead(gram, damping, diagonal))
 
 
 def _compensate(
@@ -331,13 +337,11 @@ def _compensate(
     if solver is None:
         new, factor = compensate(weight, mask, span.sum_sq, _compensation_of(span, config), span.sums, span.rows)
         return _within(new, weight.dtype), mask, factor
-    gram, damping, fast, led_by = solver
+    gram, damping, diagonal, blocks, fast, led_by = solver
     dense = weight.float()
     if config.sparsity == "2:4":
-        blocks = gram.blocks if isinstance(gram, MatrixFree) else None
         new, mask = refine(dense, mask, gram, config.cg_rounds, config.cg_steps, damping, blocks, drift, fast, led_by)
     else:
-        diagonal = gram.diagonal if isinstance(gram, MatrixFree) else None
         steps = config.cg_steps * (config.cg_rounds + 1)
         new = reconstruct(dense, mask, gram, steps, damping, diagonal, drift, fast, led_by)
     return _within(new, weight.dtype), mask, torch.ones(weight.shape[0], dtype=torch.float32, device=weight.device)

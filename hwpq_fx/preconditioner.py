@@ -9,6 +9,7 @@ row of a weight has other kept channels, whose part of it is inverted by the for
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -37,7 +38,8 @@ class Preconditioner:
             return product(rows * root) * root
 
         random = torch.Generator().manual_seed(0)
-        start = torch.randn(channels, min(RANK, channels // 2), generator=random).to(device)
+        size = (channels, min(RANK, channels // 2))
+        start = torch.randn(size, generator=random, dtype=torch.float32, device="cpu").to(device)
         for _ in range(POWERS):
             start = unit(torch.linalg.qr(start).Q.T).T
         basis = torch.linalg.qr(start).Q
@@ -55,18 +57,27 @@ class Preconditioner:
         self.factor = factor * scale.sqrt()
         """F, float32 [RANK, K]"""
 
+    @cached_property
+    def _inverse(self) -> Tensor:
+        """Of `rest`."""
+        return torch.where(self.rest > 0, 1 / self.rest, 0)
+
+    @cached_property
+    def _products(self) -> tuple[Tensor, Tensor]:
+        """Of any two rows of F, over `rest`, [pairs, K], and which two rows' they are, [RANK, RANK]."""
+        rank, device = len(self.factor), self.factor.device
+        one, other = torch.triu_indices(rank, rank, device=device)
+        places = torch.empty(rank, rank, dtype=torch.int64, device=device)
+        places[one, other] = places[other, one] = torch.arange(len(one), device=device)
+        return self.factor[one] * self.factor[other] * self._inverse, places
+
     def among(self, kept: Tensor) -> Callable[[Tensor], Tensor]:
         """slope [N, K] -> -slope P^-1, of each row among its kept channels alone, bool [N, K]; elsewhere zero."""
-        inverse, factor = torch.where(self.rest > 0, 1 / self.rest, 0), self.factor
-        rank = len(factor)
-        upper = torch.triu_indices(rank, rank, device=kept.device)
-        products = factor[upper[0]] * factor[upper[1]] * inverse
-        places = torch.empty(rank, rank, dtype=torch.int64, device=kept.device)
-        places[upper[0], upper[1]] = places[upper[1], upper[0]] = torch.arange(len(products), device=kept.device)
+        factor, (products, places) = self.factor, self._products
         inner = (kept.float() @ products.T)[:, places]
         inner.diagonal(dim1=1, dim2=2).add_(1)
         small = torch.linalg.inv_ex(inner).inverse
-        inverse = inverse.neg() * kept
+        inverse = self._inverse.neg() * kept
 
         def downhill(slope: Tensor) -> Tensor:
             alone = slope * inverse

@@ -105,7 +105,8 @@ def lead(gram: Gram, damping: float = 1e-2, diagonal: Tensor | None = None) -> P
     channels = len(gram) if isinstance(gram, Tensor) else 0 if diagonal is None else len(diagonal)
     diagonal = _diagonal(gram, diagonal, channels)
     size = size_of(diagonal)
-    return _preconditioner(_unit_product(gram, size), diagonal / size, damping)
+    product, diagonal = _unit_product(gram, size), diagonal / size
+    return Preconditioner(product, diagonal, _shift(diagonal, damping))
 
 
 def reconstruction_loss(weight: Tensor, new: Tensor, gram: Gram) -> Tensor:
@@ -202,12 +203,9 @@ def _problem(
     if drift is not None:
         _check(weight, drift)
     drift = _unit_drift(drift, back, size)
-    led_by = led_by or _preconditioner(product, diagonal, damping)
-    return _Problem(unit, product, fast or product, led_by, _shift(diagonal, damping), drift, back, size)
-
-
-def _preconditioner(product: Product, diagonal: Tensor, damping: float) -> Preconditioner:
-    return Preconditioner(product, diagonal, _shift(diagonal, damping))
+    shift = _shift(diagonal, damping)
+    led_by = led_by or Preconditioner(product, diagonal, shift)
+    return _Problem(unit, product, fast or product, led_by, shift, drift, back, size)
 
 
 def _shift(diagonal: Tensor, damping: float) -> float:

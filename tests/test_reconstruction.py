@@ -385,10 +385,10 @@ def test_refining_makes_no_row_worse(seed, rounds, channels, samples, shared):
     assert bool((chosen.view(8, -1, 4).sum(-1) == 2).all())
     masked, after = (reconstruction_loss(weight, one, gram) for one in (weight * mask, new))
     assert bool((after <= masked).all())
-    # a row leaves its mask only for one with which it ends below where it stood when it left
+    # a row leaves its mask only for one with which it ends below where it stood when it left, as far as float32 tells
     once = reconstruction_loss(weight, reconstruct(weight, mask, gram, 3), gram)
     changed = (chosen != mask).any(1)
-    assert bool((after[changed] < once[changed] * (1 + 1e-3)).all())
+    assert bool((after[changed] < (once * (1 + 1e-3) + 1e-5 * masked)[changed]).all())
 
 
 def test_refining_pays_and_zero_rounds_are_one_reconstruction():
