@@ -74,10 +74,11 @@ class Preconditioner:
     def among(self, kept: Tensor) -> Callable[[Tensor], Tensor]:
         """slope [N, K] -> -slope P^-1, of each row among its kept channels alone, bool [N, K]; elsewhere zero."""
         factor, (products, places) = self.factor, self._products
-        inner = (kept.float() @ products.T)[:, places]
+        inverse = kept.float()  # a product with bool takes three times as long
+        inner = (inverse @ products.T)[:, places]
         inner.diagonal(dim1=1, dim2=2).add_(1)
         small = torch.linalg.inv_ex(inner).inverse
-        inverse = self._inverse.neg() * kept
+        inverse.mul_(self._inverse).neg_()
 
         def downhill(slope: Tensor) -> Tensor:
             alone = slope * inverse

@@ -260,7 +260,7 @@ def _solve(problem: _Problem, start: _Fit, kept: Tensor, steps: int) -> _Fit:
         new_direction = downhill(slope)
         old, size = size, -_dot(slope, new_direction)
         turn = torch.where(going, size / old, 0)
-        direction.mul_(turn).add_(new_direction)
+        direction = new_direction.addcmul_(direction, turn)
         # direction . P . direction: what is downhill now is orthogonal to the directions before
         span = size + turn.square() * span
     error = new - problem.unit
