@@ -349,8 +349,8 @@ if sequential:
     statistics += 4 * 2 * inner**2 + 4 * 2 * hidden * inner + block * 5 // 16 + block
 elif compensation == "cg":
     statistics += 4 * (3 * hidden**2 + inner**2)
-    if hwpq_fx.compress.rounded(torch.eye(4)):  # the CPU multiplies bfloat16, and the largest X^T X is there in it as well
-        statistics += 2 * inner**2
+if compensation == "cg" and hwpq_fx.compress.rounded(torch.eye(4)):
+    statistics += 2 * inner**2  # the CPU multiplies bfloat16: the largest X^T X in it as well
 # of one sequence of 32 tokens, in float32: gate, up and their product, beside the block's input and the residual
 activations = 4 * 32 * (2 * hidden + 3 * inner)
 print(peak / (block + statistics + activations))
