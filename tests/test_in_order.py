@@ -100,7 +100,6 @@ def test_bits_are_those_of_convert_with_padding_and_several_shapes(name, dense, 
 CONFIGS = {
     "a block stays": HWPQConfig(ignore=["re:.*layers.1", "up_proj", "lm_head"]),
     "only the last block": HWPQConfig(targets=["re:.*layers.2.*down_proj"]),
-    "in so many words": ASKED,
     # X^T X and its drift for the 64 channels of all but one input, a sample for none
     "little memory": HWPQConfig(curvature_bytes=2 * 4 * 64 * 64),
     "less": HWPQConfig(curvature_bytes=4 * 64 * 64),
@@ -242,20 +241,24 @@ def test_a_block_that_cannot_be(change, dense, batches, expected, tmp_path, monk
     ordered, _ = expected
     unfit(monkeypatch, change)
     compress_checkpoint(dense, tmp_path / "plain", batches, ONE_BY_ONE)
-    asked = compress_checkpoint(dense, tmp_path / "asked", batches, ASKED)
-    (warning,) = warnings(caplog)
     report = compress_checkpoint(dense, tmp_path / "out", batches)
-    assert len(warnings(caplog)) == 1
-    assert asked.one_by_one == report.one_by_one == hwpq_fx.report(
-        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    ).one_by_one  # fmt: skip
-    for said in (report.one_by_one, warning):
-        assert "model.layers.1: " in said and UNFIT[change] in said
-    assert_same(tmp_path / "asked", tmp_path / "out")
+    assert not warnings(caplog)
+    assert report.one_by_one == hwpq_fx.report(AutoModelForCausalLM.from_pretrained(tmp_path / "out")).one_by_one
+    assert "model.layers.1: " in report.one_by_one and UNFIT[change] in report.one_by_one
     assert same_block(tmp_path / "out", ordered, 0) and same_block(tmp_path / "out", tmp_path / "plain", 1)
     assert not same_block(tmp_path / "plain", ordered, 1)
     found = {line.name.split(".")[2]: line.compensation for line in report.converted}
     assert found == {"0": ORDERED, "1": PLAIN, "2": ORDERED}
+
+
+def test_who_asks_for_it_is_warned(dense, batches, tmp_path, monkeypatch, caplog):
+    unfit(monkeypatch, broken)
+    for name, config in (("out", None), ("asked", ASKED)):
+        report = compress_checkpoint(dense, tmp_path / name, batches, config)
+    (warning,) = warnings(caplog)
+    for said in (report.one_by_one, warning):
+        assert "model.layers.1: " in said and UNFIT[broken] in said
+    assert_same(tmp_path / "asked", tmp_path / "out")
 
 
 @pytest.mark.parametrize("change", [None, broken])
